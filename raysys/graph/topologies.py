@@ -5,13 +5,13 @@ Source of the closed forms in the docstrings (mu_2 is the algebraic connectivity
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 
 import networkx as nx
 import numpy as np
 
 from raysys.graph.graph import Graph
+from raysys.graph.spec import parse_spec
 
 ATTEMPTS = 200
 
@@ -116,7 +116,7 @@ def make_graph(spec: str, n: int, rng: np.random.Generator) -> Graph:
     "erdos_renyi(p=P)" (default p = min(1, 2 log(n) / n)), "random_regular(degree=K)" (default 4, or n - 1 when
     smaller), "small_world(degree=K, rewire=P)", "two_cliques(matchings=K)" (n even). ValueError for anything else.
     """
-    name, given = _parse(spec)
+    name, given = parse_spec(spec, "a graph")
     if name not in GRAPHS:
         raise ValueError(f"unknown graph {name!r}, the graphs are {', '.join(sorted(GRAPHS))}")
     try:
@@ -175,16 +175,3 @@ def _connected(draw: Callable[[], Graph], what: str, instead: str) -> Graph:
         if graph.is_connected():
             return graph
     raise ValueError(f"{what} gave no connected graph in {ATTEMPTS} draws, it needs {instead}")
-
-
-def _parse(spec: str) -> tuple[str, dict[str, object]]:
-    """`name` or `name(key=literal, ...)`; read as a Python call with literal keyword arguments, never evaluated."""
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg}
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(f"a graph is written name or name(key=value, ...), got {spec!r}")

@@ -16,9 +16,8 @@ def parse_spec(spec: str, what: str) -> tuple[str, dict[str, Any]]:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
-        if call and all(k.arg for k in node.keywords):
-            return node.func.id, {str(k.arg): _literal(k.value) for k in node.keywords}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            return node.func.id, {_word(k.arg): _literal(k.value) for k in node.keywords}
     except (SyntaxError, ValueError):
         pass
     raise ValueError(f"the spec of {what} is name or name(key=value, ...), got {spec!r}")
@@ -26,3 +25,9 @@ def parse_spec(spec: str, what: str) -> tuple[str, dict[str, Any]]:
 
 def _literal(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _word(name: str | None) -> str:
+    if name is None:
+        raise ValueError("** has no place in a spec")
+    return name

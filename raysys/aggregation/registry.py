@@ -1,0 +1,100 @@
+"""Names of rules, and the little grammar that makes one: "pre+pre+rule", items `name` or `name(key=value, ...)`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from typing import Any
+
+from raysys.aggregation import coordinate, linear, preaggregate
+from raysys.aggregation.pipeline import Pipeline
+from raysys.aggregation.preaggregate import PreAggregator
+from raysys.aggregation.rule import Rule
+
+RULES: dict[str, type[Rule]] = {
+    c.name: c
+    for c in (
+        linear.Mean, coordinate.Median, coordinate.TrimmedMean, coordinate.MeaMed, coordinate.Phocas,
+        linear.GeometricMedian, linear.Krum, linear.MultiKrum, linear.Caf, linear.CenteredClipping,
+    )
+}  # fmt: skip
+PREAGGREGATORS: dict[str, type[PreAggregator]] = {
+    c.name: c for c in (preaggregate.Nnm, preaggregate.Bucketing, preaggregate.Clipping, preaggregate.Arc)
+}
+
+_ITEM = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
+
+
+def make_rule(spec: str, n: int, f: int) -> Rule:
+    """The rule `spec` for n rows of which f may be faulty, e.g. "median", "krum(neighbors=12)", "arc+nnm+trimmed_mean".
+
+    Raises ValueError for an unknown name (listing what exists), an unknown or bad option, and numbers n, f the rule is not
+    defined for.
+    """
+    items = [parse_item(item) for item in split(spec)]
+    *before, last = items
+    pres: list[PreAggregator] = []
+    for name, options in before:
+        if name not in PREAGGREGATORS:
+            kind = "is a rule and must come last" if name in RULES else "is not a pre-aggregator"
+            raise ValueError(f"'{name}' in '{spec}' {kind}; pre-aggregators are {', '.join(sorted(PREAGGREGATORS))}")
+        pres.append(build(PREAGGREGATORS[name], name, options, n, f))
+    name, options = last
+    if name not in RULES:
+        kind = "is a pre-aggregator and needs a rule after it" if name in PREAGGREGATORS else "is not a rule"
+        raise ValueError(f"'{name}' in '{spec}' {kind}; rules are {', '.join(sorted(RULES))} or module:function")
+    rows = n
+    for p in pres:
+        rows = p.count(rows, f)
+    rule = build(RULES[name], name, options, rows, f)
+    return Pipeline(pres, rule) if pres else rule
+
+
+def split(spec: str) -> list[str]:
+    """The items of a chain: `spec` cut at the plus signs outside parentheses."""
+    parts, depth = [""], 0
+    for character in spec:
+        depth += (character == "(") - (character == ")")
+        if character == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def parse_item(item: str) -> tuple[str, dict[str, Any]]:
+    """`name(key=value, ...)` as a name and options; values are Python literals or bare words."""
+    found = _ITEM.match(item)
+    if not found:
+        raise ValueError(f"'{item.strip()}' is not of the form name or name(key=value, ...)")
+    name, inside = found.groups()
+    options: dict[str, Any] = {}
+    if inside and inside.strip():
+        try:
+            call = ast.parse(f"f({inside})", mode="eval").body
+        except SyntaxError:
+            raise ValueError(f"the options in '{item.strip()}' are not of the form key=value, ...") from None
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError(f"options are named: write key=value in '{item.strip()}'")
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                raise ValueError(f"options are named: write key=value in '{item.strip()}'")
+            try:
+                options[keyword.arg] = ast.literal_eval(keyword.value)
+            except ValueError:
+                options[keyword.arg] = ast.unparse(keyword.value)
+    return name, options
+
+
+def build(cls: type, name: str, options: dict[str, Any], n: int, f: int) -> Any:
+    """cls(n, f, **options), with errors that name the option."""
+    allowed = [p for p in inspect.signature(cls).parameters if p not in ("n", "f")]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"{name} has no option '{key}'; it has {', '.join(allowed) if allowed else 'none'}")
+    try:
+        return cls(n, f, **options)
+    except TypeError as error:
+        raise ValueError(f"{name}: bad option value in {options}: {error}") from None

@@ -11,6 +11,7 @@ Notable choices
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,11 +33,24 @@ class Stream(IntEnum):
 
 
 def _mix(x: U64) -> U64:
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_one(x: int) -> int:
+    """The same for one word; plain integers are ten times faster than arrays of one."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+@lru_cache(maxsize=64)
+def _positions(count: int) -> U64:
+    return _mix(np.arange(count, dtype=np.uint64))[None, :]
 
 
 class Seeds:
@@ -49,12 +63,10 @@ class Seeds:
 
     def bits(self, stream: Stream, nodes: NDArray[np.integer] | int, round: int, count: int) -> U64:
         """`count` 64-bit words for each node: (k, count) for k nodes. `round` may be -1 for 'before the first round'."""
-        nodes = np.atleast_1d(np.asarray(nodes, dtype=np.int64)).astype(np.uint64)
-        word = _mix(np.full(1, self.seed, dtype=np.uint64))
-        word = _mix(word ^ np.uint64(int(stream)))
-        word = _mix(word ^ np.uint64(round + 1))
-        per_node = _mix(word ^ nodes)
-        return _mix(per_node[:, None] ^ _mix(np.arange(count, dtype=np.uint64))[None, :])
+        ids: U64 = np.atleast_1d(np.asarray(nodes, dtype=np.int64)).astype(np.uint64)
+        word = _mix_one(_mix_one(_mix_one(self.seed) ^ int(stream)) ^ (round + 1))
+        per_node = _mix(ids ^ np.uint64(word))
+        return _mix(per_node[:, None] ^ _positions(count))
 
     def uniform(self, stream: Stream, nodes: NDArray[np.integer] | int, round: int, count: int) -> NDArray[np.float64]:
         """Uniform numbers in [0, 1): (k, count)."""

@@ -1,0 +1,69 @@
+"""Peers without a server: they step on their own data and exchange models with their neighbours."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.adversary import Edges
+from actors.client import joined
+from actors.host import Host, State
+from actors.message import Message
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+
+
+class PeerBlock(Protocol):
+    """A block of peers."""
+
+    def train(self, round: int) -> tuple[I64, F32]:
+        """Ids (k,) and models (k, d) that are sent."""
+
+    def exchange(self, round: int, ids: I64, models: F32, edges: Edges) -> None:
+        """Mix what the neighbours sent."""
+
+    def statistics(self, round: int) -> State:
+        """What the evaluation needs."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Peer(Host[PeerBlock]):
+    """A host of peers."""
+
+    def train(self, round: int) -> Message:
+        """The models that this host's peers send this round."""
+        sent = [block.train(round) for block in self.blocks.values()]
+        return Message(round, np.concatenate([i for i, _ in sent]), np.concatenate([r for _, r in sent]))
+
+    def exchange(self, round: int, told: tuple[int, Edges], adjacency: NDArray[np.bool_], *honest: Message) -> None:
+        """Mix the models of honest peers (all hosts' messages) and what Byzantine peers told on each edge.
+
+        Args:
+            adjacency: (n, n), this round's graph; messages and bytes are counted on its edges.
+        """
+        width = max((m.rows.shape[1] for m in honest), default=0)
+        good = [m for m in honest if self.usable(m, round, width)]
+        ids, models = joined(good, 1)
+        lies = self._well_formed(told, round, width)
+        for name, block in self.blocks.items():
+            for node in self.ids[name]:
+                from_honest = ids[adjacency[node, ids]]
+                self.traffic.count(from_honest, 4 * width)
+                self.traffic.count(np.array([b for b, i in lies if i == node], np.int64), 4 * width)
+            block.exchange(round, ids, models, lies)
+
+    def statistics(self, round: int) -> list[State]:
+        """One entry per block."""
+        return [block.statistics(round) for block in self.blocks.values()]
+
+    def _well_formed(self, told: tuple[int, Edges], round: int, width: int) -> Edges:
+        sent_in, edges = told
+        good = {e: v for e, v in edges.items() if sent_in == round and v.dtype == np.float32 and v.shape == (width,)}
+        self.refused += len(edges) - len(good)
+        return good

@@ -1,0 +1,161 @@
+"""Byz-SGD without a server: every peer steps on its own data and mixes its neighbours' models robustly (spec 2.7).
+
+Shapes: k peers of a block, h honest peers, f Byzantine ones, d parameters; models (h, d).
+
+Notable choices
+- Round = local half-step x - lr*m, then one application of the peer rule to the neighbours' half-step models.
+- The number b_i of Byzantine neighbours that a peer's rule is told is the true one: an oracle, as in the literature;
+  `assumed` replaces it with the same number for everyone.
+- A Byzantine peer may tell every neighbour something else (`edges`): that is what distinguishes it from a broken server client.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raysys.aggregation.neighbours import PeerRule
+from raysys.attacks import Attack, Threat
+from raysys.graph import Graph, metropolis_hastings
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.byzantine.problems import Problem
+from raysys.systems.byzantine.setting import Setting
+from raysys.systems.byzantine.workers import State, Workers, participants
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+class Peers:
+    """A block of honest peers: a model and a momentum each."""
+
+    def __init__(
+        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graph: Graph, rule: PeerRule
+    ) -> None:
+        self.setting, self.seeds, self.nodes, self.graph, self.rule = setting, seeds, nodes, graph, rule
+        self.problem = problem
+        self.model = np.repeat(problem.init().numpy()[None], len(nodes), 0)
+        self.momentum = np.zeros_like(self.model)
+        self.started = False
+        self.skipped = 0
+        self.weights = metropolis_hastings(graph)
+
+    def train(self, round: int) -> tuple[I64, F32]:
+        """Local half-step; ids (k,) and the models (k, d) that are sent. An absent peer neither steps nor sends."""
+        here = np.flatnonzero(participants(self.setting, self.seeds, round)[self.nodes])
+        gradient = self.problem.gradients(torch.from_numpy(self.model), self.nodes, round).cpu().numpy()
+        beta = np.float32(self.setting.momentum if self.setting.momentum_at == "worker" else 0.0)
+        old = self.momentum if self.started else gradient
+        momentum = beta * old + (np.float32(1) - beta) * gradient
+        self.momentum = np.where(np.isin(np.arange(len(self.nodes)), here)[:, None], momentum, old)
+        self.started = True
+        self.model[here] -= np.float32(self.setting.step_size(round)) * self.momentum[here]
+        return self.nodes[here], self.model[here]
+
+    def exchange(self, round: int, ids: I64, models: F32, edges: dict[tuple[int, int], F32]) -> None:
+        """Mix: each present peer takes the half-step models of its present neighbours, and what the Byzantine ones among
+        them tell it.
+
+        Args:
+            ids, models: present honest peers (h',) and their models (h', d), this block's own among them.
+            edges: (Byzantine sender, receiver) -> (d,).
+        """
+        row = {int(i): r for r, i in enumerate(ids)}
+        mixed = self.model.copy()
+        for k, node in enumerate(self.nodes):
+            if int(node) not in row:
+                continue
+            sent = {int(j): models[row[int(j)]] for j in self.graph.neighbours(int(node)) if int(j) in row}
+            sent |= {b: v for (b, i), v in edges.items() if i == node}
+            senders = sorted(sent)
+            b = sum(j >= self.setting.honest for j in senders) if self.setting.assumed is None else self.setting.assumed
+            finite = [j for j in senders if np.isfinite(sent[j]).all()]
+            b = max(b - (len(senders) - len(finite)), 0)
+            try:
+                self.rule.requires(len(finite), b)
+            except ValueError:  # too few arrived for the bound: this peer keeps its half-step model
+                self.skipped += 1
+                continue
+            if finite:
+                stack = torch.from_numpy(np.stack([sent[j] for j in finite]))
+                own = torch.from_numpy(self.model[k])
+                mixed[k] = self.rule.mix(own, stack, self.weights[node, finite], b).numpy()
+        self.model = mixed
+
+    def statistics(self, round: int) -> State:
+        """The block's models (k, d) and exact local losses (k,), for the evaluation."""
+        losses, _ = self.problem.full_gradients(torch.from_numpy(self.model), self.nodes)
+        return {"models": self.model, "loss": losses.double().numpy()}
+
+    def state_dict(self) -> State:
+        return {
+            "model": self.model,
+            "momentum": self.momentum,
+            "started": np.array(self.started),
+            "skipped": np.array(self.skipped),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.model, self.momentum = state["model"].copy(), state["momentum"].copy()
+        self.started, self.skipped = bool(state["started"]), int(state["skipped"])
+
+
+class PeerAdversaries:
+    """All Byzantine peers: they see every honest model and choose what to tell each neighbour."""
+
+    def __init__(
+        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graph: Graph, attack: Attack, rule: PeerRule
+    ) -> None:
+        self.setting, self.seeds, self.nodes, self.graph, self.attack = setting, seeds, nodes, graph, attack
+        self.rule = rule
+        self.own = Workers(problem, setting, seeds, nodes)
+        self.weights = metropolis_hastings(graph)
+        self.last: F32 | None = None
+
+    def corrupt(self, round: int, ids: I64, models: F32) -> dict[tuple[int, int], F32]:
+        """(sender, receiver) -> vector (d,) for every edge from a Byzantine to a present honest peer.
+
+        Args:
+            ids, models: present honest peers (h',) and their half-step models (h', d).
+        """
+        if not len(self.nodes):
+            return {}
+        # Their honest behaviour: a step from the honest average (on flipped labels if the attack is of that kind).
+        centre = models.astype(np.float64).mean(0).astype(np.float32)
+        self.own.receive(round, centre)
+        _, gradient = self.own.train(round)
+        own = centre - np.float32(self.setting.step_size(round)) * gradient
+        if self.attack.data_level:
+            chosen = {int(b): own[k] for k, b in enumerate(self.nodes)}
+            return {(b, int(i)): chosen[b] for i in ids for b in chosen if self.graph.adjacency[i, b]}
+        n, d = self.setting.workers, models.shape[1]
+        everyone = np.zeros((n, d), dtype=np.float32)
+        everyone[ids], everyone[self.nodes] = models, own
+        present = np.zeros(n, dtype=bool)
+        present[ids] = present[self.nodes] = True
+        weights = self.weights * np.outer(present, present)
+        threat = Threat(
+            n=len(ids) + len(self.nodes),
+            f=len(self.nodes),
+            round=round,
+            rule=self.rule,
+            reference=None if self.last is None else torch.from_numpy(self.last),
+            own=torch.from_numpy(own),
+            rng=self.seeds.rng(Stream.ATTACK, 0, round),
+        )
+        self.last = centre
+        told = self.attack.craft_edges(torch.from_numpy(everyone), weights, self.nodes, threat)
+        return {(int(b), int(i)): v.numpy() for (b, i), v in told.items()}
+
+    def state_dict(self) -> State:
+        state = {f"own.{k}": v for k, v in self.own.state_dict().items()}
+        state |= {f"attack.{k}": np.asarray(v) for k, v in self.attack.state_dict().items()}
+        return state if self.last is None else state | {"last": self.last}
+
+    def load_state_dict(self, state: State) -> None:
+        self.own.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("own.")})
+        self.attack.load_state_dict(
+            {k[7:]: torch.from_numpy(v.copy()) for k, v in state.items() if k.startswith("attack.")}
+        )
+        self.last = state["last"].copy() if "last" in state else None

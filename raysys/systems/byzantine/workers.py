@@ -1,0 +1,148 @@
+"""Workers of Byz-SGD: honest ones, stepped together, and the Byzantine ones that collude.
+
+Shapes: k nodes of a block, k' of them in a round, h honest rows, f Byzantine rows, d parameters.
+
+Notable choices
+- A block is many nodes in one object: state is (k, d), one batched gradient serves all. It knows nothing of Ray.
+- Who takes part in a round is a function of (seed, round), so anybody can work it out and nobody has to ask.
+- Arithmetic on states is numpy float32: elementwise, hence identical however the vector is cut or nodes are grouped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raysys.aggregation import Rule
+from raysys.attacks import Attack, Threat
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.byzantine.problems import Problem
+from raysys.systems.byzantine.setting import Setting
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+State = dict[str, NDArray]
+
+
+def participants(setting: Setting, seeds: Seeds, round: int) -> NDArray[np.bool_]:
+    """Which of the n workers send in this round: a uniform sample, from which honest ones may drop out."""
+    n = setting.workers
+    if setting.sample is None and setting.dropout == 0:
+        return np.ones(n, dtype=bool)
+    u = seeds.uniform(Stream.PARTICIPATION, np.arange(n), round, 2)
+    present = np.ones(n, dtype=bool)
+    if setting.sample is not None:
+        present[np.argsort(u[:, 0], kind="stable")[setting.sample :]] = False
+    present[: setting.honest] &= u[: setting.honest, 1] >= setting.dropout
+    return present
+
+
+class Workers:
+    """A block of honest workers with local momentum (spec 2.2)."""
+
+    def __init__(self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64) -> None:
+        self.problem, self.setting, self.seeds, self.nodes = problem, setting, seeds, nodes
+        self.model: F32 = problem.init().numpy()
+        self.momentum = np.zeros((len(nodes), problem.dimension), dtype=np.float32)
+        self.started = np.zeros(len(nodes), dtype=bool)
+
+    def train(self, round: int) -> tuple[I64, F32]:
+        """Ids (k',) and messages (k', d) of the block's participants: momenta of (pseudo-)gradients."""
+        here = np.flatnonzero(participants(self.setting, self.seeds, round)[self.nodes])
+        nodes = self.nodes[here]
+        if not len(nodes):
+            return nodes, np.empty((0, self.problem.dimension), np.float32)
+        gradient = self._pseudo_gradient(nodes, round)
+        if self.setting.momentum_at != "worker":
+            return nodes, gradient
+        beta = np.float32(self.setting.momentum)
+        # m_i starts at its first gradient: a start at zero would bias the first 1/alpha rounds (spec 8).
+        old = np.where(self.started[here, None], self.momentum[here], gradient)
+        self.momentum[here] = beta * old + (np.float32(1) - beta) * gradient
+        self.started[here] = True
+        return nodes, self.momentum[here]
+
+    def _pseudo_gradient(self, nodes: I64, round: int) -> F32:
+        theta = torch.from_numpy(self.model)
+        steps = self.setting.local_steps
+        if steps == 1:
+            return self.problem.gradients(theta, nodes, round).cpu().numpy()
+        local = theta.expand(len(nodes), -1).clone()
+        for step in range(steps):
+            local -= self.setting.local_lr * self.problem.gradients(local, nodes, round, step).cpu()
+        return ((theta - local) / (self.setting.local_lr * steps)).numpy()
+
+    def receive(self, round: int, model: F32) -> None:
+        """Take the server's model (d,) for the next round."""
+        self.model = model
+
+    def statistics(self, round: int) -> State:
+        """Sums over the block from which the server works out |grad L_H|^2, the dissimilarity and the noise.
+
+        Keys: gradient (d,), square (sum of |grad L_i|^2), loss (k,), noise (sum of |g_i - grad L_i|^2), count.
+        """
+        theta = torch.from_numpy(self.model)
+        losses, exact = self.problem.full_gradients(theta, self.nodes)
+        exact = exact.double().cpu()
+        noisy = self.problem.gradients(theta, self.nodes, round).double().cpu()
+        return {
+            "gradient": exact.sum(0).numpy(),
+            "square": exact.square().sum().numpy(),
+            "noise": (noisy - exact).square().sum().numpy(),
+            "loss": losses.double().cpu().numpy(),
+            "count": np.int64(len(self.nodes)),
+        }
+
+    def state_dict(self) -> State:
+        return {"model": self.model, "momentum": self.momentum, "started": self.started}
+
+    def load_state_dict(self, state: State) -> None:
+        self.model, self.momentum = state["model"].copy(), state["momentum"].copy()
+        self.started = state["started"].astype(bool)
+
+
+class Adversaries:
+    """All Byzantine workers of a run: omniscient, colluding, simulated (they see what the threat model lets them see)."""
+
+    def __init__(
+        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, attack: Attack, rule: Rule | None
+    ) -> None:
+        self.setting, self.seeds, self.nodes, self.attack, self.rule = setting, seeds, nodes, attack, rule
+        self.own = Workers(problem, setting, seeds, nodes)
+        self.reference: F32 | None = None
+
+    def corrupt(self, round: int, honest: F32) -> tuple[I64, F32]:
+        """Ids (f',) and messages (f', d) of this round's Byzantine participants, after seeing the honest rows (h', d)."""
+        ids, own = self.own.train(round)
+        if not len(ids):
+            return ids, own
+        threat = Threat(
+            n=len(honest) + len(ids),
+            f=len(ids),
+            round=round,
+            rule=self.rule,
+            reference=None if self.reference is None else torch.from_numpy(self.reference),
+            own=torch.from_numpy(own),
+            rng=self.seeds.rng(Stream.ATTACK, 0, round),
+        )
+        return ids, self.attack.craft(torch.from_numpy(honest), threat).numpy()
+
+    def receive(self, round: int, model: F32) -> None:
+        """Take the new model; its change, divided by the step size, is what the server aggregated last."""
+        self.reference = (self.own.model - model) / np.float32(self.setting.step_size(round))
+        self.own.receive(round, model)
+
+    def state_dict(self) -> State:
+        state = {f"own.{k}": v for k, v in self.own.state_dict().items()}
+        state |= {f"attack.{k}": np.asarray(v) for k, v in self.attack.state_dict().items()}
+        if self.reference is not None:
+            state["reference"] = self.reference
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        self.own.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("own.")})
+        self.attack.load_state_dict(
+            {k[7:]: torch.from_numpy(v.copy()) for k, v in state.items() if k.startswith("attack.")}
+        )
+        self.reference = state["reference"].copy() if "reference" in state else None

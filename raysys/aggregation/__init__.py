@@ -8,7 +8,7 @@ or in two phases over a stack that is cut by columns: `Survey.join([survey(part)
 """
 
 from raysys.aggregation.gram import BLOCK, Survey, survey
-from raysys.aggregation.pipeline import Pipeline
+from raysys.aggregation.pipeline import PerLayer, Pipeline
 from raysys.aggregation.registry import PREAGGREGATORS, RULES, make_rule
 from raysys.aggregation.rule import Aggregation, Kappa, Plan, Rule
 
@@ -18,6 +18,7 @@ __all__ = [
     "RULES",
     "Aggregation",
     "Kappa",
+    "PerLayer",
     "Pipeline",
     "Plan",
     "Rule",

@@ -37,8 +37,7 @@ def survey(stack: torch.Tensor, reference: torch.Tensor | None, *, products: boo
         finite &= ~bad
         if not products:
             continue
-        part = torch.where(bad[:, None], torch.nan, part)
-        centre = torch.nanmedian(part, 0).values.nan_to_num()
+        centre = _median(part, bad)
         rows = [torch.where(bad[:, None], 0.0, part - centre), -centre[None]]
         if reference is not None:
             rows.append((reference[start : start + _SLAB].double() - centre)[None])
@@ -47,6 +46,12 @@ def survey(stack: torch.Tensor, reference: torch.Tensor | None, *, products: boo
         y = torch.nn.functional.pad(y, (0, pad)).view(m, -1, BLOCK).transpose(0, 1)
         grams.append((y @ y.mT).cpu().numpy())
     return Survey(finite.cpu().numpy(), np.concatenate(grams) if products else None, reference is not None)
+
+
+def _median(part: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+    rows = part[~bad].sort(0).values
+    k = len(rows)
+    return 0.5 * rows[(k - 1) // 2] + 0.5 * rows[k // 2] if k else torch.zeros_like(part[0])
 
 
 def coordinate(stack: torch.Tensor, rule: Coordinatewise, rows: NDArray[np.intp]) -> torch.Tensor:
@@ -70,7 +75,7 @@ def _ranked(x: torch.Tensor, rule: Coordinatewise) -> torch.Tensor:
         centre = x[f] + (x[f : n - f] - x[f]).mean(0)
     if rule.kind in ("median", "trimmed"):
         return centre
-    nearest = (x - centre).abs().argsort(0, stable=True)[: rule.keep]
+    nearest = (x - centre).abs().argsort(dim=0, stable=True)[: rule.keep]
     return centre + (x.gather(0, nearest) - centre).mean(0)
 
 

@@ -232,7 +232,7 @@ def coordinate(x, rows, pairs, kind, f, keep, out):  # type: ignore[no-untyped-d
                 lo[k] = a if a < b else b
                 hi[k] = b if a < b else a
         target = out[start : start + width]
-        if kind == MEDIAN or kind == NEAR_MEDIAN:
+        if kind in (MEDIAN, NEAR_MEDIAN):
             lo, hi = buf[(n - 1) // 2], buf[n // 2]
             if n % 2 == 1:
                 for k in range(width):
@@ -251,7 +251,7 @@ def coordinate(x, rows, pairs, kind, f, keep, out):  # type: ignore[no-untyped-d
             share = one / x.dtype.type(n - 2 * f)
             for k in range(width):
                 centre[k] = base[k] + acc[k] * share
-        if kind == MEDIAN or kind == TRIMMED:
+        if kind in (MEDIAN, TRIMMED):
             for k in range(width):
                 target[k] = centre[k]
             continue

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysys.graph.spec import parse_spec
+from raysys.aggregation.registry import make_rule, parse_item
 
 Weights = NDArray[np.float64]
 HALF = (torch.float16, torch.bfloat16)
@@ -234,11 +234,10 @@ class Rpel(PeerRule):
     name = "rpel"
 
     def __init__(self, rule: str = "nnm+trimmed_mean") -> None:
+        make_rule(rule, 3, 1)  # a wrong name is told now, not in the first round
         self.rule = rule
 
     def combine(self, own: Tensor, neighbours: Tensor, weights: Weights, b: int) -> Tensor:
-        from raysys.aggregation import make_rule
-
         z = torch.cat([torch.zeros_like(own)[None], neighbours - own])
         return own + make_rule(self.rule, len(z), b)(z)
 
@@ -272,14 +271,17 @@ def make_peer_rule(spec: str = "clip_2b") -> PeerRule:
     """
     if ":" in spec:
         return _custom(spec)
-    name, options = parse_spec(spec, "a peer rule")
+    name, options = parse_item(spec)
     if name not in PEER_RULES:
         raise ValueError(f"unknown peer rule {name!r}, the peer rules are {', '.join(sorted(PEER_RULES))}")
     allowed = [p for p in inspect.signature(PEER_RULES[name]).parameters if p not in {"args", "kwargs"}]
     for option in options:
         if option not in allowed:
-            raise ValueError(f"peer rule {name} has no option {option!r}, it has {', '.join(allowed) or 'none'}")
-    return PEER_RULES[name](**options)
+            raise ValueError(f"peer rule {name} has no option '{option}'; it has {', '.join(allowed) or 'none'}")
+    try:
+        return PEER_RULES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"peer rule {name}: bad option value in {options}: {error}") from None
 
 
 def _custom(spec: str) -> PeerRule:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
-from raysys.aggregation.gram import F64
+from raysys.aggregation import columns
+from raysys.aggregation.gram import F64, survey
 from raysys.aggregation.preaggregate import PreAggregator
-from raysys.aggregation.rule import Decision, Kappa, Rule, View
+from raysys.aggregation.rule import Aggregation, Decision, Kappa, Rule, Stack, View, as_stack, as_vector, medoid
+from raysys.aggregation.user import UserRule
 
 
 class Pipeline(Rule):
@@ -36,15 +40,72 @@ class Pipeline(Rule):
             value = p.kappa(size, f, value)
         return value
 
-    def compose(self, view: View) -> tuple[Decision, F64 | None]:
+    def mixing(self, view: View) -> tuple[View, F64]:
+        """What the rule sees, and the matrix (n' + anchors, m) that makes it out of [rows; anchors]."""
         total: F64 | None = None
         for p in self.before:
             step = p.matrix(view)
             mixed = view.survey.mix(step)
-            view = view._replace(survey=mixed, n=len(step))
+            rows = view.rows if len(step) == view.n else np.arange(len(step))
+            view = view._replace(survey=mixed, n=len(step), rows=rows, mixed=True)
             full = np.vstack([step, np.eye(step.shape[1])[step.shape[1] - 1 - mixed.has_reference :]])
             total = full if total is None else full @ total
-        decision, inner = self.rule.compose(view)
-        if inner is not None:
-            raise ValueError(f"a chain has one rule, at its end; {self.name} has a chain inside")
-        return decision, total
+        assert total is not None
+        return view, total
+
+    def compose(self, view: View) -> tuple[Decision, F64 | None]:
+        seen, total = self.mixing(view)
+        return self.rule.compose(seen)[0], total
+
+    def aggregate(
+        self, stack: Stack, *, weights: F64 | None = None, reference: Any = None, rng: np.random.Generator | None = None
+    ) -> Aggregation:
+        if not isinstance(self.rule, UserRule):
+            return super().aggregate(stack, weights=weights, reference=reference, rng=rng)
+        tensor, back = as_stack(stack)
+        if weights is not None:
+            self._shares(weights, len(tensor))
+        seen = survey(tensor)
+        kept = np.flatnonzero(seen.finite)
+        rejected = tuple(int(i) for i in np.flatnonzero(~seen.finite))
+        f = max(0, self.f - len(rejected))
+        self.requires(len(kept), f)
+        view = View(seen.restrict(kept), len(kept), f, None, rng, kept)
+        after, total = self.mixing(view)
+        wide = np.zeros((after.n, len(tensor) + 2))
+        wide[:, kept] = total[: after.n, : len(kept)]
+        rows = columns.mix(tensor, wide, int(kept[medoid(view)]))
+        return Aggregation(back(self.rule.call(rows, f)), None, rejected)
+
+
+class PerLayer:
+    """One plan per slice of the vector, for models whose layers differ in scale (epfml/disco PR 1052)."""
+
+    def __init__(self, rule: Rule, sizes: Sequence[int]) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"per-layer sizes are positive, got {list(sizes)}")
+        self.rule, self.sizes = rule, tuple(int(s) for s in sizes)
+
+    def aggregate(
+        self, stack: Stack, *, weights: F64 | None = None, reference: Any = None, rng: np.random.Generator | None = None
+    ) -> list[Aggregation]:
+        """One aggregation per slice, in order. A row is rejected in the slices where it is not finite."""
+        tensor, back = as_stack(stack)
+        if sum(self.sizes) != tensor.shape[1]:
+            raise ValueError(f"layer sizes add up to {sum(self.sizes)}, the stack has d={tensor.shape[1]}")
+        ref = None if reference is None else as_vector(reference, tensor)
+        out, start = [], 0
+        for size in self.sizes:
+            piece = slice(start, start + size)
+            part = None if ref is None else ref[piece]
+            done = self.rule.aggregate(tensor[:, piece], weights=weights, reference=part, rng=rng)
+            out.append(done._replace(vector=back(done.vector)))
+            start += size
+        return out
+
+    def __call__(
+        self, stack: Stack, *, weights: F64 | None = None, reference: Any = None, rng: np.random.Generator | None = None
+    ) -> Any:
+        """The slices' aggregates in one vector (d,); same kind and type as the stack."""
+        parts = [a.vector for a in self.aggregate(stack, weights=weights, reference=reference, rng=rng)]
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)

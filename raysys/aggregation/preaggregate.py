@@ -12,7 +12,7 @@ import numpy as np
 from raysys.aggregation import columns
 from raysys.aggregation.gram import F64, survey
 from raysys.aggregation.robustness import arc_kappa, nnm_kappa
-from raysys.aggregation.rule import Kappa, Stack, View, as_stack, medoid, squared_distances
+from raysys.aggregation.rule import Kappa, Stack, View, as_stack, medoid, norms_of, squared_distances
 
 
 class PreAggregator:
@@ -44,7 +44,7 @@ class PreAggregator:
             raise ValueError(
                 f"{self.name} alone needs finite rows, got {np.flatnonzero(~seen.finite).tolist()} not finite"
             )
-        view = View(seen, seen.n, self.f, None, rng)
+        view = View(seen, seen.n, self.f, None, rng, np.arange(seen.n))
         wide = np.zeros((self.count(seen.n, self.f), seen.n + 2))
         wide[:, :-1] = self.matrix(view)
         return back(columns.mix(tensor, wide, medoid(view)))
@@ -53,14 +53,6 @@ class PreAggregator:
 def _diagonal(view: View, factors: F64) -> F64:
     out = np.zeros((view.n, view.n + 1 + view.survey.has_reference))
     np.fill_diagonal(out, factors)
-    return out
-
-
-def _norms(view: View) -> F64:
-    """(n,) Euclidean norms: distances to the origin, which is row n."""
-    gram, n = view.gram, view.n
-    squares = np.diag(gram)[:n] + gram[n, n] - 2.0 * gram[n, :n]
-    out: F64 = np.sqrt(np.maximum(squares, 0.0))
     return out
 
 
@@ -128,7 +120,7 @@ class Clipping(PreAggregator):
         self.radius = radius
 
     def matrix(self, view: View) -> F64:
-        return _diagonal(view, np.minimum(1.0, self.radius / np.maximum(_norms(view), 1e-300)))
+        return _diagonal(view, np.minimum(1.0, self.radius / np.maximum(norms_of(view), 1e-300)))
 
 
 class Arc(PreAggregator):
@@ -141,7 +133,7 @@ class Arc(PreAggregator):
         return None if inner is None else Kappa(arc_kappa(n, f, inner.value), "bound", "2405.14432, recalled")
 
     def matrix(self, view: View) -> F64:
-        norms = _norms(view)
+        norms = norms_of(view)
         k = 2 * view.f * (view.n - view.f) // view.n
         radius = np.sort(norms)[view.n - 1 - k]
         return _diagonal(view, np.where(norms > radius, radius / np.maximum(norms, 1e-300), 1.0))

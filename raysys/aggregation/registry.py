@@ -7,16 +7,18 @@ import inspect
 import re
 from typing import Any
 
-from raysys.aggregation import coordinate, linear, preaggregate
+from raysys.aggregation import coordinate, linear, preaggregate, selection
 from raysys.aggregation.pipeline import Pipeline
 from raysys.aggregation.preaggregate import PreAggregator
 from raysys.aggregation.rule import Rule
+from raysys.aggregation.user import UserRule
 
 RULES: dict[str, type[Rule]] = {
     c.name: c
     for c in (
         linear.Mean, coordinate.Median, coordinate.TrimmedMean, coordinate.MeaMed, coordinate.Phocas,
         linear.GeometricMedian, linear.Krum, linear.MultiKrum, linear.Caf, linear.CenteredClipping,
+        selection.Bulyan, selection.Mda, selection.Smea, selection.Cge, selection.Monna, selection.Dnc, selection.Ctma,
     )
 }  # fmt: skip
 PREAGGREGATORS: dict[str, type[PreAggregator]] = {
@@ -32,21 +34,24 @@ def make_rule(spec: str, n: int, f: int) -> Rule:
     Raises ValueError for an unknown name (listing what exists), an unknown or bad option, and numbers n, f the rule is not
     defined for.
     """
-    items = [parse_item(item) for item in split(spec)]
-    *before, last = items
+    *before, last = split(spec)
     pres: list[PreAggregator] = []
-    for name, options in before:
+    for item in before:
+        name, options = parse_item(item)
         if name not in PREAGGREGATORS:
             kind = "is a rule and must come last" if name in RULES else "is not a pre-aggregator"
             raise ValueError(f"'{name}' in '{spec}' {kind}; pre-aggregators are {', '.join(sorted(PREAGGREGATORS))}")
         pres.append(build(PREAGGREGATORS[name], name, options, n, f))
-    name, options = last
-    if name not in RULES:
-        kind = "is a pre-aggregator and needs a rule after it" if name in PREAGGREGATORS else "is not a rule"
-        raise ValueError(f"'{name}' in '{spec}' {kind}; rules are {', '.join(sorted(RULES))} or module:function")
     rows = n
     for p in pres:
         rows = p.count(rows, f)
+    if ":" in last.split("(")[0]:
+        own = UserRule(rows, f, last.strip())
+        return Pipeline(pres, own) if pres else own
+    name, options = parse_item(last)
+    if name not in RULES:
+        kind = "is a pre-aggregator and needs a rule after it" if name in PREAGGREGATORS else "is not a rule"
+        raise ValueError(f"'{name}' in '{spec}' {kind}; rules are {', '.join(sorted(RULES))} or module:function")
     rule = build(RULES[name], name, options, rows, f)
     return Pipeline(pres, rule) if pres else rule
 

@@ -43,6 +43,10 @@ class View(NamedTuple):
     f: int
     weights: F64 | None
     rng: np.random.Generator | None
+    rows: NDArray[np.intp]
+    """The callers' numbers of the rows; those of the stack also after a pre-aggregator that keeps their count."""
+    mixed: bool = False
+    """Have the rows been through a pre-aggregator?"""
 
     @property
     def gram(self) -> F64:
@@ -160,7 +164,7 @@ class Rule:
         shares = None if weights is None else self._shares(np.asarray(weights, np.float64), n)[kept]
         if shares is not None:
             shares = shares / shares.sum()
-        view = View(survey if everyone else survey.restrict(kept), len(kept), f, shares, rng)
+        view = View(survey if everyone else survey.restrict(kept), len(kept), f, shares, rng, kept)
         decision, matrix = self.compose(view)
         if isinstance(decision, Combination):
             coefficients = decision.coefficients if matrix is None else decision.coefficients @ matrix
@@ -228,6 +232,14 @@ def medoid(view: View) -> int:
     return int(np.argmin(np.partition(distances, (view.n - 1) // 2, axis=1)[:, (view.n - 1) // 2]))
 
 
+def norms_of(view: View) -> F64:
+    """(n,) Euclidean norms: distances to the origin, which is row n."""
+    gram, n = view.gram, view.n
+    squares = np.diag(gram)[:n] + gram[n, n] - 2.0 * gram[n, :n]
+    out: F64 = np.sqrt(np.maximum(squares, 0.0))
+    return out
+
+
 def squared_distances(gram: F64, n: int | None = None) -> F64:
     """(n, n) squared distances between the first n rows behind a Gram matrix; never negative, zero on the diagonal."""
     inner = gram[:n, :n]
@@ -246,7 +258,7 @@ def as_stack(stack: Stack) -> tuple[torch.Tensor, Any]:
     if len(stack) == 0:
         raise ValueError("a stack needs at least one vector, got an empty list")
     if isinstance(stack[0], torch.Tensor):
-        return torch.stack(tuple(stack)).detach(), lambda vector: vector
+        return torch.stack([torch.as_tensor(row) for row in stack]).detach(), lambda vector: vector
     return torch.from_numpy(np.stack([np.asarray(row) for row in stack])), lambda vector: vector.numpy()
 
 

@@ -52,8 +52,9 @@ def weiszfeld(g, n, share, tolerance, limit):  # type: ignore[no-untyped-def]
     if kept == share[best]:
         weights[:] = share
     floor = 1e-15 * scale
+    inside = g[:n, :n].copy()
     for step in range(limit):
-        shift = g[:n, :n] @ weights
+        shift = inside @ weights
         inner = 0.0
         for i in range(n):
             inner += weights[i] * shift[i]
@@ -65,7 +66,7 @@ def weiszfeld(g, n, share, tolerance, limit):  # type: ignore[no-untyped-def]
         new /= total
         move = new - weights
         gap = 0.0
-        applied = g[:n, :n] @ move
+        applied = inside @ move
         for i in range(n):
             gap += move[i] * applied[i]
         weights = new
@@ -121,3 +122,93 @@ def covariance_filter(g, n, f):  # type: ignore[no-untyped-def]
             keep = 1.0 - score[s] / largest
             c[active[s]] = 0.0 if score[s] == largest else c[active[s]] * keep
     return best
+
+
+@njit(cache=True, nogil=True)
+def _advance(subset, n):  # type: ignore[no-untyped-def]
+    """The next subset in lexicographic order, in place; False after the last."""
+    k = subset.size
+    i = k - 1
+    while i >= 0 and subset[i] == n - k + i:
+        i -= 1
+    if i < 0:
+        return False
+    subset[i] += 1
+    for j in range(i + 1, k):
+        subset[j] = subset[j - 1] + 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def least_diameter(distances, k):  # type: ignore[no-untyped-def]
+    """The first subset of k rows, in lexicographic order, of least diameter; branch and bound. (k,)"""
+    n = distances.shape[0]
+    best = np.arange(k)
+    least = np.inf
+    chosen = np.empty(k, np.int64)
+    reach = np.zeros(k + 1)  # reach[i]: diameter of the first i chosen
+    chosen[0] = -1
+    depth = 0
+    while depth >= 0:
+        chosen[depth] += 1
+        if chosen[depth] > n - k + depth:
+            depth -= 1
+            continue
+        top = reach[depth]
+        for i in range(depth):
+            top = max(top, distances[chosen[i], chosen[depth]])
+        if top >= least:
+            continue
+        if depth == k - 1:
+            least = top
+            best[:] = chosen
+            continue
+        reach[depth + 1] = top
+        chosen[depth + 1] = chosen[depth]
+        depth += 1
+    return best
+
+
+@njit(cache=True, nogil=True)
+def least_variance(g, k):  # type: ignore[no-untyped-def]
+    """The first subset of k rows, in lexicographic order, whose covariance has the least top eigenvalue. (k,)
+
+    A few power steps bound that eigenvalue from below, which settles most subsets; the rest get an exact eigenvalue.
+    """
+    n = g.shape[0]
+    subset = np.arange(k)
+    best = subset.copy()
+    least = np.inf
+    a = np.empty((k, k))
+    mean = np.empty(k)
+    while True:
+        total = 0.0
+        for i in range(k):
+            row = 0.0
+            for j in range(k):
+                a[i, j] = g[subset[i], subset[j]]
+                row += a[i, j]
+            mean[i] = row / k
+            total += row
+        total /= k * k
+        start = 0
+        for i in range(k):
+            for j in range(k):
+                a[i, j] += total - mean[i] - mean[j]
+            if a[i, i] > a[start, start]:
+                start = i
+        bound = a[start, start]
+        v = a[start].copy()
+        for _ in range(6):
+            if bound > least or bound <= 0.0:
+                break
+            w = a @ v
+            bound = max(bound, np.dot(v, w) / np.dot(v, v))
+            v = w / np.sqrt(np.dot(w, w))
+        if bound < least:
+            top = np.linalg.eigvalsh(a)[-1] if bound > 0.0 else 0.0
+            if top < least:
+                least = top
+                best[:] = subset
+        if least <= 0.0 or not _advance(subset, n):
+            return best

@@ -234,7 +234,7 @@ class Rpel(PeerRule):
     name = "rpel"
 
     def __init__(self, rule: str = "nnm+trimmed_mean") -> None:
-        make_rule(rule, 3, 1)  # a wrong name is told now, not in the first round
+        make_rule(rule, 50, 1)  # a wrong name is told now, not in the first round
         self.rule = rule
 
     def combine(self, own: Tensor, neighbours: Tensor, weights: Weights, b: int) -> Tensor:

@@ -175,6 +175,7 @@ class Rule:
         if matrix is None:
             rows = kept if decision.rows is None else kept[decision.rows]
             return Plan(n, rejected, coordinate=decision._replace(rows=rows))
+        matrix = matrix[: len(matrix) - 1 - survey.has_reference]
         wide = np.zeros((len(matrix), n + 2))
         wide[:, kept] = matrix[:, : len(kept)]
         if survey.has_reference:
@@ -182,7 +183,7 @@ class Rule:
         return Plan(n, rejected, coordinate=decision, matrix=wide, base=int(kept[medoid(view)]))
 
     def compose(self, view: View) -> tuple[Decision, F64 | None]:
-        """The decision and the matrix (n', m) of pre-aggregation it applies to, None for none."""
+        """The decision, and the matrix (n' + anchors, m) of pre-aggregation it applies to or None for none."""
         return self.decide(view), None
 
     def _shares(self, weights: F64, n: int) -> F64:

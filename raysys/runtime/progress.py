@@ -27,6 +27,7 @@ class Progress:
         self._note = ""
         self._console = Console(file=sys.stderr)
         self._started = self._said = time.monotonic()
+        self._said_done = -1
         self._bar: Bar | None = None
         self._task = TaskID(0)
         if self._console.is_terminal:
@@ -49,7 +50,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif self.done != self._said_done:
             self._say()
 
     def advance(self, n: int = 1) -> None:
@@ -79,7 +80,7 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._said_done = time.monotonic(), self.done
         rate, left = self.rate(), self.total - self.done
         remaining = f", {rate:.3g} {self.unit}/s, {left / rate:.0f} s left" if rate > 0 and left > 0 else ""
         note = f" ({self._note})" if self._note else ""

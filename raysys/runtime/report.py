@@ -39,15 +39,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0) -> tuple[Figure, Any]:
-    """A matplotlib figure and its axes in the project's style (inches); needs no display and no pyplot state."""
+    """A matplotlib figure (inches) and its axes, in the project's style from here on; needs no display, is not in pyplot."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({**FIGURE_STYLE, "axes.prop_cycle": _cycle()}):
-        figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns)
+    mpl.rcParams.update({**FIGURE_STYLE, "axes.prop_cycle": _cycle()})
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
 
 
 def _cycle() -> Any:

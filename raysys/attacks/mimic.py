@@ -5,12 +5,14 @@ Attacks exist only in simulation. Source: Karimireddy+ 2022 (2006.09365), append
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from raysys.attacks.threat import Attack, Threat
+from raysys.attacks.threat import Attack, Threat, receivers
 
 
 class Mimic(Attack):
@@ -49,6 +51,15 @@ class Mimic(Attack):
             self._target = int((honest @ self._z.to(honest)).argmax())
             self._rounds += 1
         return honest[min(self._target, len(honest) - 1)]
+
+    def craft_edges(
+        self, models: Tensor, mixing: np.ndarray, byzantine: Sequence[int], threat: Threat
+    ) -> dict[tuple[int, int], Tensor]:
+        """One target for the whole network, found among all honest models."""
+        bad = set(byzantine)
+        honest = models[[i for i in range(len(models)) if i not in bad]]
+        row = self.craft(honest, replace(threat, f=1))[0]
+        return {(int(b), i): row.clone() for i, senders, _ in receivers(mixing, byzantine) for b in senders}
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"counters": torch.tensor([self._rounds, self._target])}

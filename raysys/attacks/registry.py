@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
+from raysys.aggregation.registry import parse_item
 from raysys.attacks.distance import MinMax, MinSum
 from raysys.attacks.mimic import Mimic
+from raysys.attacks.peers import Dissensus, Equivocation, Spectral
+from raysys.attacks.response import BestResponse, OptAlie, OptIpm
 from raysys.attacks.simple import (
     Alie,
     FallOfEmpires,
@@ -18,8 +22,8 @@ from raysys.attacks.simple import (
     NonFinite,
     SignFlip,
 )
+from raysys.attacks.structured import Hidden, Mirror, Rop
 from raysys.attacks.threat import Attack, CustomAttack
-from raysys.graph.spec import parse_spec
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
@@ -36,6 +40,15 @@ ATTACKS: dict[str, type[Attack]] = {
         Gaussian,
         NonFinite,
         MaxBias,
+        OptAlie,
+        OptIpm,
+        BestResponse,
+        Hidden,
+        Mirror,
+        Rop,
+        Dissensus,
+        Spectral,
+        Equivocation,
     )
 }
 
@@ -50,14 +63,26 @@ def make_attack(spec: str, n: int, f: int) -> Attack:
         raise ValueError(f"an attack needs 0 <= f <= n, got n={n}, f={f}")
     if ":" in spec:
         return _custom(spec)
-    name, options = parse_spec(spec, "an attack")
+    name, options = parse_item(spec)
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}, the attacks are {', '.join(sorted(ATTACKS))}")
-    allowed = [p for p in inspect.signature(ATTACKS[name]).parameters if p not in {"args", "kwargs"}]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"attack {name} has no option {option!r}, it has {', '.join(allowed) or 'none'}")
-    return ATTACKS[name](**options)
+    return ATTACKS[name](**_checked(name, options))
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, each known and of the kind its annotation says."""
+    allowed = {k: v for k, v in inspect.signature(ATTACKS[name]).parameters.items() if k not in {"args", "kwargs"}}
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(f"attack {name} has no option '{key}'; it has {', '.join(allowed) or 'none'}")
+        kinds = str(allowed[key].annotation)
+        fits = (value is None and "None" in kinds) or any(
+            isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and word in kinds.split(" | ")
+            for word, kind in (("bool", bool), ("int", int), ("float", (int, float)), ("str", str))
+        )
+        if not fits:
+            raise ValueError(f"attack {name} needs {key} of type {kinds}, got {value!r}")
+    return options
 
 
 def _custom(spec: str) -> CustomAttack:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysys.aggregation.neighbours import PeerRule
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,7 +56,7 @@ class PeerView:
     weights: (k - 1,) what the receiver gives to each of the rows after its own; b: its bound on Byzantine neighbours.
     """
 
-    rule: Any
+    rule: PeerRule
     weights: np.ndarray
     b: int
 
@@ -88,13 +90,13 @@ class Attack(ABC):
     ) -> dict[tuple[int, int], Tensor]:
         """What each Byzantine peer sends to each honest neighbour: {(sender, receiver): (d,)}.
 
-        models: (n, d), the Byzantine rows are ignored. mixing: (n, n), row i the weights of receiver i; off-diagonal
-        entries > 0 are the edges. By default every receiver is attacked as a server whose honest rows are its own
-        model and its honest neighbours'.
+        models: (n, d), Byzantine rows hold what those peers would honestly send. mixing: (n, n), row i the weights of
+        receiver i; off-diagonal entries > 0 are the edges. By default every receiver is attacked as a server whose
+        honest rows are its own model and its honest neighbours'.
         """
         edges: dict[tuple[int, int], Tensor] = {}
         for i, senders, honest in receivers(mixing, byzantine):
-            rows = self.craft(models[honest], local_threat(threat, mixing, i, honest, senders))
+            rows = self.craft(models[honest], local_threat(threat, models, mixing, i, honest, senders))
             edges.update({(int(j), i): rows[k] for k, j in enumerate(senders)})
         return edges
 
@@ -147,9 +149,13 @@ def receivers(mixing: np.ndarray, byzantine: Sequence[int]) -> list[tuple[int, n
     return found
 
 
-def local_threat(threat: Threat, mixing: np.ndarray, i: int, honest: np.ndarray, senders: np.ndarray) -> Threat:
-    """The threat that receiver i faces: its own neighbourhood as n, its Byzantine neighbours as f, its rule as seen."""
+def local_threat(
+    threat: Threat, models: Tensor, mixing: np.ndarray, i: int, honest: np.ndarray, senders: np.ndarray
+) -> Threat:
+    """What receiver i faces: its neighbourhood as n, its Byzantine neighbours as f, its model as the reference."""
     rule = threat.rule
-    if hasattr(rule, "mix") and not hasattr(rule, "plan"):
+    if isinstance(rule, PeerRule):
         rule = PeerView(rule, np.asarray(mixing)[i, np.concatenate([honest[1:], senders])], len(senders))
-    return replace(threat, n=len(honest) + len(senders), f=len(senders), rule=rule, own=None, reference=None)
+    return replace(
+        threat, n=len(honest) + len(senders), f=len(senders), rule=rule, own=models[senders], reference=models[i]
+    )

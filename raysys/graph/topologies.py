@@ -10,8 +10,8 @@ from collections.abc import Callable
 import networkx as nx
 import numpy as np
 
+from raysys.aggregation.registry import parse_item
 from raysys.graph.graph import Graph
-from raysys.graph.spec import parse_spec
 
 ATTEMPTS = 200
 
@@ -116,7 +116,7 @@ def make_graph(spec: str, n: int, rng: np.random.Generator) -> Graph:
     "erdos_renyi(p=P)" (default p = min(1, 2 log(n) / n)), "random_regular(degree=K)" (default 4, or n - 1 when
     smaller), "small_world(degree=K, rewire=P)", "two_cliques(matchings=K)" (n even). ValueError for anything else.
     """
-    name, given = parse_spec(spec, "a graph")
+    name, given = parse_item(spec)
     if name not in GRAPHS:
         raise ValueError(f"unknown graph {name!r}, the graphs are {', '.join(sorted(GRAPHS))}")
     try:

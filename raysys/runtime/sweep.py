@@ -71,17 +71,14 @@ class Sweep:
         for axis, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
             domain = self.space[name]
             values = [row[name] for row in done]
-            place: Callable[[Any], Any] = lambda value: value  # noqa: E731
             if isinstance(domain, Choice):
-                ticks = {str(value): i for i, value in enumerate(domain.values)}
-                axis.set_xticks(range(len(ticks)), list(ticks), rotation=30, ha="right")
-                place = lambda value, ticks=ticks: ticks[str(value)]  # noqa: E731
+                ticks = [str(value) for value in domain.values]
+                axis.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
+                values = [ticks.index(str(value)) for value in values]
             elif domain.log:
                 axis.set_xscale("log")
-            axis.plot(
-                [place(v) for v in values], [row[self.metric] for row in done], "o", color="#0b3c5d", label="trial"
-            )
-            axis.plot([place(best[name])], [best[self.metric]], "*", color="#d1495b", markersize=13, label="best")
+            axis.plot(values, [row[self.metric] for row in done], "o", color="#0b3c5d", label="trial")
+            axis.plot(values[done.index(best)], best[self.metric], "*", color="#d1495b", markersize=13, label="best")
             axis.set_xlabel(name)
             axis.set_ylabel(self.metric)
         figure.axes[0].legend()

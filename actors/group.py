@@ -30,32 +30,47 @@ Update = list[ray.ObjectRef]
 """One host's messages of a round: one reference per shard of columns."""
 
 
+class Process:
+    """An actor process that takes on a role: starting one costs seconds (imports), giving it another role does not."""
+
+    def become(self, role: type[Host], *args: Any) -> None:
+        self.role = role(*args)
+
+    def do(self, method: str, *args: Any) -> Any:
+        return getattr(self.role, method)(*args)
+
+
 class Crew:
-    """Hosts of one role that the loop of rounds can snapshot, restore and repair."""
+    """Hosts of one role that the loop of rounds can snapshot, restore and repair. `arguments[i]` make host i's role."""
 
     def __init__(
         self, session: Session, role: type[Host], options: Mapping[str, Any], arguments: Sequence[tuple]
     ) -> None:
-        self.session, self.arguments = session, list(arguments)
-        self.remote = ray.remote(role).options(max_restarts=0, max_task_retries=0, **options)
-        self.hosts = [self.remote.remote(*each) for each in self.arguments]
+        self.session, self.role, self.arguments = session, role, list(arguments)
+        self.idle = session.idle.setdefault(repr(sorted(options.items())), [])
+        self.remote = ray.remote(Process).options(max_restarts=0, max_task_retries=0, **options)
         self._calls: list[Call] = []
+        self.hosts = [self._enlist(i) for i in range(len(self.arguments))]
         self._await_start(range(len(self.hosts)))
+
+    def _enlist(self, host: int, fresh: bool = False) -> Any:
+        """A process for one host: one that an earlier crew left, or a new one."""
+        process = self.idle.pop() if self.idle and not fresh else self.remote.remote()
+        process.become.remote(self.role, *self.arguments[host])
+        return process
 
     def call(
         self, host: int, method: str, *args: Any, returns: int = 1, acknowledged: bool = False
     ) -> list[ray.ObjectRef]:
         """Submit a call; a list of its `returns` references."""
-        made = getattr(self.hosts[host], method).options(num_returns=returns).remote(*args)
+        made = self.hosts[host].do.options(num_returns=returns).remote(method, *args)
         refs = made if isinstance(made, list) else [made]
         self._calls.append(Call(self, host, refs, acknowledged))
         return refs
 
     def each(self, method: str, *args: Any) -> list[Any]:
         """Ask every host and wait for the answers."""
-        return ray.get(
-            [getattr(host, method).remote(*args) for host in self.hosts], timeout=self.session.config.timeout_s
-        )
+        return ray.get([host.do.remote(method, *args) for host in self.hosts], timeout=self.session.config.timeout_s)
 
     def taken(self) -> list[Call]:
         calls, self._calls = self._calls, []
@@ -66,14 +81,14 @@ class Crew:
 
     def repair(self) -> list[str]:
         """Replace every host that is dead or does not answer within the session's timeout."""
-        asked = [host.where.remote() for host in self.hosts]
+        asked = [host.do.remote("where") for host in self.hosts]
         ray.wait(asked, num_returns=len(asked), timeout=self.session.config.timeout_s, fetch_local=False)
         dead = [i for i, ref in enumerate(asked) if not self._answers(ref)]
         for i in dead:
             ray.kill(self.hosts[i])
-            self.hosts[i] = self.remote.remote(*self.arguments[i])
+            self.hosts[i] = self._enlist(i, fresh=True)
         self._await_start(dead)
-        return [f"{self.arguments[i][3]} host {i}" if len(self.arguments[i]) > 3 else f"host {i}" for i in dead]
+        return [", ".join(self.arguments[i][1]) for i in dead]
 
     def _answers(self, ref: ray.ObjectRef) -> bool:
         try:
@@ -87,33 +102,39 @@ class Crew:
         return True
 
     def _await_start(self, hosts: Sequence[int]) -> None:
-        """Wait until these hosts have built their nodes.
+        """Wait until these hosts have built their nodes; a process that dies before that is replaced.
 
         Raises:
             TimeoutError: the cluster cannot place them in time.
         """
         deadline = time.monotonic() + self.session.config.start_timeout_s
         for i in hosts:
-            try:
-                ray.get(self.hosts[i].where.remote(), timeout=wait_until(deadline))
-            except GetTimeoutError as error:
-                limit = self.session.config.start_timeout_s
-                raise TimeoutError(
-                    f"{len(hosts)} hosts could not all be started within {limit:g} s; free {free()}"
-                ) from error
+            while True:
+                try:
+                    ray.get(self.hosts[i].do.remote("where"), timeout=wait_until(deadline))
+                    break
+                except GetTimeoutError as error:
+                    limit = self.session.config.start_timeout_s
+                    raise TimeoutError(
+                        f"{len(hosts)} hosts could not all be started within {limit:g} s; free {free()}"
+                    ) from error
+                except RayError as error:
+                    if not is_loss(error):
+                        raise
+                    self.hosts[i] = self._enlist(i, fresh=True)
 
     def snapshot(self) -> Iterator[tuple[str, State]]:
         # One host at a time: the controller holds at most one host's state in memory.
         for host in self.hosts:
-            yield from ray.get(host.state.remote(), timeout=self.session.config.timeout_s).items()
+            yield from ray.get(host.do.remote("state"), timeout=self.session.config.timeout_s).items()
 
     def restore(self, states: Mapping[str, State] | None) -> None:
         waiting = []
         for host, (_, blocks, *_) in zip(self.hosts, self.arguments, strict=True):
             if states is None:
-                waiting.append(host.restart.remote())
+                waiting.append(host.do.remote("restart"))
             else:
-                waiting.append(host.load.remote({name: states[name] for name in blocks}))
+                waiting.append(host.do.remote("load", {name: states[name] for name in blocks}))
         ray.get(waiting, timeout=self.session.config.start_timeout_s)
 
     def counters(self) -> dict[str, int]:
@@ -127,9 +148,9 @@ class Crew:
         return Traffic(sum(t.messages for t in each), sum(t.bytes for t in each))
 
     def stop(self) -> None:
-        """End the hosts."""
-        for host in self.hosts:
-            ray.kill(host)
+        """Leave the processes to the next crew that asks for the same resources."""
+        self.idle.extend(self.hosts)
+        self.hosts = []
 
 
 class NodeGroup(Crew):
@@ -143,7 +164,7 @@ class NodeGroup(Crew):
         make: Make,
         blocks: Sequence[I64],
         links: int,
-        *,
+        *more: Any,
         name: str,
         hosts: int | None = None,
     ) -> Self:
@@ -152,6 +173,7 @@ class NodeGroup(Crew):
         Args:
             make: builds one block from its ids; sent to every host, so it must be small.
             links: number of nodes in the whole run, for the counts per link.
+            more: what the role's constructor takes besides these.
             name: states are called `<name>-<number of the block>`.
             hosts: how many; the session decides where None. Helper groups (adversaries) take one and reserve no CPU.
         """
@@ -160,7 +182,9 @@ class NodeGroup(Crew):
         dealt = [dict(named[len(named) * i // count : len(named) * (i + 1) // count]) for i in range(count)]
         c = session.config
         options = {"num_cpus": 0} if hosts else {"num_cpus": c.cpus_per_host, "num_gpus": c.gpus_per_host}
-        return cls(session, role, options | {"scheduling_strategy": "SPREAD"}, [(make, each, links) for each in dealt])
+        return cls(
+            session, role, options | {"scheduling_strategy": "SPREAD"}, [(make, each, links, *more) for each in dealt]
+        )
 
     def train(self, t: int, cuts: Sequence[int] | None = None) -> list[Update]:
         """Updates of round t, cut into column shards where there is a server."""
@@ -191,6 +215,10 @@ class NodeGroup(Crew):
     def statistics(self, t: int) -> list[ray.ObjectRef]:
         """What the evaluation needs of every host."""
         return [self.call(i, "statistics", t)[0] for i in range(len(self.hosts))]
+
+    def evaluate(self, statistics: Sequence[ray.ObjectRef]) -> ray.ObjectRef:
+        """Measurements from the statistics of all hosts, made by the first."""
+        return self.call(0, "evaluate", *statistics)[0]
 
 
 class ServerGroup(Crew):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ from actors.message import Message
 
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
+
+
+Measure = Callable[[Sequence[State]], Mapping[str, float]]
 
 
 class PeerBlock(Protocol):
@@ -35,6 +39,12 @@ class PeerBlock(Protocol):
 
 class Peer(Host[PeerBlock]):
     """A host of peers."""
+
+    def __init__(
+        self, make: Callable[[I64], PeerBlock], blocks: Mapping[str, I64], links: int, measure: Measure
+    ) -> None:
+        super().__init__(make, blocks, links)
+        self.measure = measure
 
     def train(self, round: int) -> Message:
         """The models that this host's peers send this round."""
@@ -61,6 +71,10 @@ class Peer(Host[PeerBlock]):
     def statistics(self, round: int) -> list[State]:
         """One entry per block."""
         return [block.statistics(round) for block in self.blocks.values()]
+
+    def evaluate(self, *parts: list[State]) -> Mapping[str, float]:
+        """Measure from the statistics of all hosts."""
+        return self.measure([state for host in parts for state in host])
 
     def _well_formed(self, told: tuple[int, Edges], round: int, width: int) -> Edges:
         sent_in, edges = told

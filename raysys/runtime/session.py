@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ray
 from pydantic import Field
@@ -54,6 +54,8 @@ class Session:
     def __init__(self, config: ClusterConfig | None = None) -> None:
         self.config = config or ClusterConfig()
         self.embedded = False
+        self.idle: dict[str, list[Any]] = {}
+        """Processes that crews have left, by the resources they hold: the next crew takes them on."""
 
     def __enter__(self) -> Self:
         if ray.is_initialized():

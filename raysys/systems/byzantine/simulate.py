@@ -33,7 +33,7 @@ class Simulation:
 
     def evaluate(self, t: int) -> dict[str, float]:
         parts = [client.statistics(t) for client in self.clients]
-        return evaluate_server(self.task.problem, self.server.model, parts)
+        return evaluate_server(self.task, self.server.model, parts)
 
     @property
     def model(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class PeerSimulation:
 
     def evaluate(self, t: int) -> dict[str, float]:
         parts: list[State] = [peer.statistics(t) for peer in self.peers]
-        return evaluate_peers(self.task.problem, parts)
+        return evaluate_peers(self.task, parts)
 
     @property
     def model(self) -> np.ndarray:

@@ -101,9 +101,9 @@ class Dnc(Rule):
 
     def __init__(self, n: int, f: int, iterations: int = 3, coordinates: int = 10_000, filter: float = 1.0) -> None:
         super().__init__(n, f)
-        if iterations < 1 or coordinates < 1 or not 0 < filter * f < n / 2 + (f == 0):
+        if iterations < 1 or coordinates < 1 or not filter > 0 or not filter * f < n / 2:
             raise ValueError(
-                f"dnc needs iterations >= 1, coordinates >= 1 and filter * f < n/2, "
+                f"dnc needs iterations >= 1, coordinates >= 1, filter > 0 and filter * f < n/2, "
                 f"got {iterations}, {coordinates}, {filter} with n={n}, f={f}"
             )
         self.iterations, self.coordinates, self.filter = iterations, coordinates, filter

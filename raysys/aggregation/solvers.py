@@ -13,44 +13,48 @@ from numba import njit
 def weiszfeld(g, n, share, tolerance, limit):  # type: ignore[no-untyped-def]
     """Weights of the geometric median, argmin_y sum_i share_i |y - x_i|: (n,), and the iterations used.
 
-    First the best data point is tested for optimality (Vardi & Zhang, PNAS 2000): if the pull of the others does not exceed
-    its own weight it is the median, exactly. Otherwise Weiszfeld's iteration from the shares' mean of the points no
-    farther than twice the median distance from that point, until a step is below tolerance * median distance.
+    First the two likeliest data points are tested for optimality (Vardi & Zhang, PNAS 2000): if the pull of the others does
+    not exceed a point's own weight, it is the median, exactly. Otherwise Weiszfeld's iteration from the shares' mean of the
+    points within twice the median distance from the medoid, until a step is below tolerance * median distance.
     """
     weights = np.zeros(n)
     distance = np.empty((n, n))
-    best, least = 0, np.inf
+    medoid, central = 0, np.inf
+    nearest, least = 0, np.inf
     for i in range(n):
         total = 0.0
         for j in range(n):
-            distance[i, j] = 0.0 if i == j else np.sqrt(max(g[i, i] + g[j, j] - 2.0 * g[i, j], 0.0))
+            square = g[i, i] + g[j, j] - 2.0 * g[i, j]
+            distance[i, j] = 0.0 if i == j or square <= 1e-14 * (g[i, i] + g[j, j]) else np.sqrt(square)
             total += share[j] * distance[i, j]
+        middle = np.median(distance[i])
+        if middle < central:
+            medoid, central = i, middle
         if total < least:
-            best, least = i, total
-    near = distance[best]
-    own = 0.0
-    pull = np.zeros(n)
-    for j in range(n):
-        if near[j] <= 1e-12 * least:
-            own += share[j]
-        else:
-            pull[j] = share[j] / near[j]
-    norm = 0.0
-    for i in range(n):
+            nearest, least = i, total
+    for candidate in (medoid, nearest):
+        own = 0.0
+        pull = np.zeros(n)
         for j in range(n):
-            norm += pull[i] * pull[j] * (g[i, j] - g[i, best] - g[best, j] + g[best, best])
-    if norm <= own * own or least == 0.0:
-        weights[best] = 1.0
-        return weights, 0
-    scale = np.median(near)
-    kept = 0.0
+            if distance[candidate, j] == 0.0:
+                own += share[j]
+            else:
+                pull[j] = share[j] / distance[candidate, j]
+        norm = 0.0
+        for i in range(n):
+            for j in range(n):
+                inner = g[i, j] - g[i, candidate] - g[candidate, j] + g[candidate, candidate]
+                norm += pull[i] * pull[j] * inner
+        if norm <= own * own:
+            weights[candidate] = 1.0
+            return weights, 0
+    scale = central if central > 0.0 else least
     for i in range(n):
-        if near[i] <= 2.0 * scale and share[i] > 0:
+        if distance[medoid, i] <= 2.0 * scale:
             weights[i] = share[i]
-            kept += share[i]
-    weights /= kept
-    if kept == share[best]:
+    if weights.sum() == 0.0:
         weights[:] = share
+    weights /= weights.sum()
     floor = 1e-15 * scale
     inside = g[:n, :n].copy()
     for step in range(limit):

@@ -89,7 +89,8 @@ def _lengths(z: Tensor) -> Weights:
 
 
 def _clipped(own: Tensor, z: Tensor, weights: Weights, lengths: Weights, tau: float) -> Tensor:
-    return _step(own, z, weights * np.minimum(1.0, tau / np.maximum(lengths, np.finfo(np.float64).tiny)))
+    """One step with differences cut to length tau; lengths that are not above tau stay exactly as they are."""
+    return _step(own, z, weights * np.where(lengths > tau, tau / np.where(lengths > tau, lengths, 1.0), 1.0))
 
 
 class Gossip(PeerRule):

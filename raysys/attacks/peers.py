@@ -111,7 +111,7 @@ class Spectral(Push):
         if len(models) < 2:
             return torch.zeros_like(models)
         phi = fiedler_vector(Graph(edge & edge.T))
-        phi[np.abs(phi) < 1e-9] = 0.0
+        phi = np.where(np.abs(phi) < 1e-9, 0.0, phi)
         mode = torch.as_tensor(phi).to(models) @ (models - models.mean(0))
         return torch.outer(torch.as_tensor(np.sign(phi)).to(models), _unit(mode))
 

@@ -7,6 +7,7 @@ connectivity. W a mixing matrix with eigenvalues 1 = lambda_1 >= lambda_2 >= ...
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,15 @@ def algebraic_connectivity(graph: Graph) -> float:
     return float(np.linalg.eigvalsh(laplacian(graph))[1])
 
 
+@lru_cache(maxsize=64)
 def fiedler_vector(graph: Graph) -> NDArray[np.float64]:
-    """(n,) unit eigenvector of mu_2, its largest entry positive. With a multiple mu_2 it is one of several."""
+    """(n,) unit eigenvector of mu_2, its largest entry positive, read-only. With a multiple mu_2 it is one of several."""
     if graph.n < 2:
         raise ValueError("a graph of one peer has no Fiedler vector")
     vector = np.linalg.eigh(laplacian(graph))[1][:, 1]
-    return vector * np.sign(vector[np.abs(vector).argmax()])
+    vector = vector * np.sign(vector[np.abs(vector).argmax()])
+    vector.setflags(write=False)
+    return vector
 
 
 def spectral_gap(mixing: NDArray[np.float64]) -> float:

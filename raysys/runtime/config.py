@@ -190,7 +190,7 @@ def exits(main: Callable[P, None]) -> Callable[P, None]:
 def read_text(path: str, field: str) -> str:
     """The text of a file that the user named in `field`."""
     folder, _, name = path.rpartition("/") if "://" in path else (os.path.dirname(path), "", os.path.basename(path))
-    if not name:
+    if name in ("", ".", ".."):
         raise UserError(f"{field}: got {path!r}; expected a file")
     try:
         return Storage(folder or ".").read_bytes(name).decode()

@@ -115,6 +115,8 @@ def explain(
     if problem["type"] in ("value_error", "assertion_error"):
         said = problem["msg"].partition(", ")[2]
         return said if not path or said.startswith(f"{path}:") else f"{path}: got {shown}; {said}"
+    if problem["type"] == "finite_number":
+        return f"{path}: got {shown}; expected a finite number"
     if field is not None:
         return f"{path}: got {shown}; expected {allowed(field)}"
     said = problem["msg"]

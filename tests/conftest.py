@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")  # Ray's workers inherit them
 os.environ.setdefault("WANDB_MODE", "disabled")  # the tests of the tracker turn it on for themselves
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

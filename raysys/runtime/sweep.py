@@ -132,7 +132,7 @@ def sweep(
                 trainable,
                 param_space=_domains(space, search),
                 tune_config=tune.TuneConfig(
-                    metric=metric, mode=mode, num_samples=samples, search_alg=_searcher(search, seed, space),
+                    metric=metric, mode=mode, num_samples=samples, reuse_actors=True, search_alg=_searcher(search, seed, space),
                     scheduler=_scheduler(scheduler, steps),
                 ),
                 run_config=tune.RunConfig(

@@ -5,7 +5,8 @@ Attacks exist only in simulation: they need the honest vectors in-process, and n
 Notable choices
 - Omniscient: an attack sees every honest row of the round. With local momentum those rows are the momenta, so an
   attack acts on momenta without knowing it.
-- Non-finite honest rows (a run that diverges) are left out before the formulas; with none left the attack sends zeros.
+- Honest rows that are not finite, or whose squares overflow (a run that diverges), are left out before the formulas;
+  with none left the attack sends zeros.
 - Half precision is computed in float32 and returned in its own type.
 
 Shapes: n nodes, f Byzantine, h honest rows, d coordinates.
@@ -79,10 +80,13 @@ class Attack(ABC):
         count, d = threat.f, honest.shape[1]
         if count == 0:
             return honest.new_zeros((0, d))
-        finite = honest[torch.isfinite(honest).all(1)]
-        if not len(finite):
+        wide = honest.float() if honest.dtype in HALF else honest
+        usable = wide.square().sum(1) < torch.finfo(wide.dtype).max / (64 * max(len(wide), 1))
+        if not usable.all():
+            wide = wide[usable]
+        if not len(wide):
             return honest.new_zeros((count, d))
-        rows = self.rows(finite.float() if finite.dtype in HALF else finite, threat)
+        rows = self.rows(wide, threat)
         return rows.expand(count, d).to(honest.dtype).clone()
 
     def craft_edges(

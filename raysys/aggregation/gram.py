@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from raysys.aggregation import kernels
-from raysys.aggregation.columns import coordinate_into, float_bits, native
+from raysys.aggregation.columns import Block, Coordinatewise, block, coordinate_into, float_bits, row_tops, vector
 from raysys.aggregation.kernels import BLOCK
 
 F64 = NDArray[np.float64]
 
-_SLAB = 8 * BLOCK
+_SLAB = 8  # blocks: what stays in cache between the median and the products
+_MEDIAN = Coordinatewise("median")
 
 
 @dataclass(frozen=True)
@@ -116,53 +117,55 @@ def survey(stack: torch.Tensor, reference: torch.Tensor | None = None, *, produc
     blocks = -(-d // BLOCK)
     finite = np.ones(n, bool)
     grams = np.zeros((max(blocks, 1), m, m)) if products else None
-    for start in range(0, d, _SLAB):
-        part = native(stack[:, start : start + _SLAB])
-        ref = (
-            native(reference[None, start : start + _SLAB])[0].astype(part.dtype, copy=False)
-            if reference is not None
-            else part[0, :0]
-        )
-        first = start // BLOCK
-        last = min(blocks, first + _SLAB // BLOCK)
-        flags = _finite(part, last - first)
-        finite &= flags.all(0)
-        if grams is not None:
-            centre = _centre(part, flags)
-            bits = float_bits(part.dtype)
-            kernels.block_grams(part, centre, ref, flags, bits.mask, bits.shift, bits.bias, grams[first:last])
+    for first in range(0, blocks, _SLAB):
+        last = min(blocks, first + _SLAB)
+        piece = slice(first * BLOCK, min(d, last * BLOCK))
+        x = block(stack[:, piece])
+        if grams is None:
+            finite &= row_tops(x, 0, x.d) < float_bits(x.flat.dtype).infinity
+        else:
+            finite &= _products(x, vector(None if reference is None else reference[piece], x), grams[first:last])
     if grams is not None:
         # A finite row whose square overflows float64 (beyond 1e154) has no usable distances: it counts as not finite.
-        with np.errstate(invalid="ignore"):
-            finite &= np.isfinite(np.einsum("bii->i", grams)[:n])
+        finite &= np.isfinite(np.einsum("bii->bi", grams)[:, :n]).all(0)
         if not finite.all():
             grams[:, :n][:, ~finite] = 0.0
             grams[:, :, :n][:, :, ~finite] = 0.0
     return Survey(finite, grams, reference is not None)
 
 
-def _finite(part: NDArray, blocks: int) -> NDArray[np.bool_]:
-    """(blocks, n): is the row finite within the block."""
-    bits = float_bits(part.dtype)
-    tops = np.empty((blocks, len(part)), bits.mask.dtype)
-    view = part.view(bits.mask.dtype)
-    for b in range(blocks):
-        kernels.row_tops(view[:, b * BLOCK : (b + 1) * BLOCK], bits.mask[0], tops[b])
-    return tops < bits.infinity
+def _products(x: Block, reference: NDArray, grams: F64) -> NDArray[np.bool_]:
+    """Fills grams (blocks, m, m) for a slab; returns which rows are finite, (n,).
 
-
-def _centre(part: NDArray, flags: NDArray[np.bool_]) -> NDArray:
-    """Coordinate-wise median of the rows that are finite in each block: (d,)."""
-    n, d = part.shape
-    centre = np.empty(d, part.dtype)
-    if flags.all():
-        coordinate_into(part, np.arange(n), "median", 0, n, centre)
-        return centre
-    for b, row in enumerate(flags):
-        rows = np.flatnonzero(row)
-        block = slice(b * BLOCK, min(d, (b + 1) * BLOCK))
-        if len(rows) == 0:
-            centre[block] = 0
+    Takes all values for finite first; blocks where some are not are done again without those rows.
+    """
+    bits = float_bits(x.flat.dtype)
+    flags = np.ones((len(grams), x.n), np.bool_)
+    centre = np.empty(x.d, x.flat.dtype)
+    coordinate_into(x, np.arange(x.n), _MEDIAN, centre)
+    kernels.block_grams(x.flat, x.stride, x.n, x.d, centre, reference, flags, bits.mask, bits.shift, bits.bias, grams)
+    for b in (int(b) for b in np.flatnonzero(~flags.all(1))):
+        start, stop = b * BLOCK, min(x.d, (b + 1) * BLOCK)
+        part, middle = x.columns(start, stop), centre[start:stop]
+        flags[b] = row_tops(part, 0, part.d) < bits.infinity
+        rows = np.flatnonzero(flags[b])
+        if len(rows):
+            coordinate_into(part, rows, _MEDIAN, middle)
         else:
-            coordinate_into(part[:, block], rows, "median", 0, len(rows), centre[block])
-    return centre
+            middle[:] = 0
+        again = flags[b : b + 1]
+        ref = reference[start:stop]
+        kernels.block_grams(
+            part.flat,
+            part.stride,
+            part.n,
+            part.d,
+            middle,
+            ref,
+            again,
+            bits.mask,
+            bits.shift,
+            bits.bias,
+            grams[b : b + 1],
+        )
+    return np.logical_and.reduce(flags, axis=0)

@@ -63,3 +63,34 @@ def median_network(n: int) -> Comparators:
 def trimmed_network(n: int, f: int) -> Comparators:
     """Puts the n - 2f middle values, in any order, in places f..n-f-1."""
     return prune(batcher(n), [0 if f <= k < n - f else UNREAD for k in range(n)])
+
+
+@cache
+def schedule(network: Comparators, n: int, registers: int = 12) -> Comparators:
+    """The same network in an order that reuses what was touched last, so that few values leave the registers.
+
+    Greedy: of the comparators whose inputs are ready, the one with most inputs among the last `registers` wires.
+    """
+    waiting: list[list[int]] = [[] for _ in range(n)]
+    for c in range(len(network) - 1, -1, -1):
+        for wire in network[c]:
+            waiting[wire].append(c)
+    recent: dict[int, None] = {}
+    out = []
+    ready = {c for c, (a, b) in enumerate(network) if waiting[a][-1] == c == waiting[b][-1]}
+    while ready:
+        c = min(ready, key=lambda c: (-sum(w in recent for w in network[c]), c))
+        ready.remove(c)
+        out.append(network[c])
+        for wire in network[c]:
+            waiting[wire].pop()
+            recent.pop(wire, None)
+            recent[wire] = None
+        while len(recent) > registers:
+            del recent[next(iter(recent))]
+        for wire in network[c]:
+            if waiting[wire]:
+                following = waiting[wire][-1]
+                if all(waiting[w][-1] == following for w in network[following]):
+                    ready.add(following)
+    return tuple(out)

@@ -81,16 +81,21 @@ class Plan:
 
     def apply(self, stack: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
         """The output (d,) for these columns of the stack (n, d); any slice of the columns gives that slice of the output."""
+        return self.apply_checked(stack, reference)[0]
+
+    def apply_checked(self, stack: torch.Tensor, reference: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
+        """The output, and False only if a value met was not finite, which plans made on a survey need not ask."""
         if stack.shape[0] != self.n:
             raise ValueError(f"the plan was made for {self.n} rows, the stack has {stack.shape[0]}")
         if self.bias != 0.0 and reference is None:
             raise ValueError("this plan leans on the reference it was made with; pass it to apply")
         if self.weights is not None:
-            return columns.combine(stack, self.weights, reference, self.bias)
+            out = columns.combine(stack, self.weights, reference, self.bias)
+            return out, bool(torch.isfinite(out).all())
         assert self.coordinate is not None
         if self.matrix is None:
             return columns.coordinate(stack, self.coordinate)
-        return columns.mixed_coordinate(stack, self.coordinate, self.matrix, self.base, reference)
+        return columns.mixed_coordinate(stack, self.coordinate, self.matrix, self.base, reference), True
 
 
 class Aggregation(NamedTuple):
@@ -208,6 +213,12 @@ class Rule:
         """The output with each row's share and the rejected rows. Takes what `__call__` takes."""
         tensor, back = as_stack(stack)
         ref = None if reference is None else as_vector(reference, tensor)
+        if not self.needs_products and tensor.ndim == 2 and tensor.is_floating_point():
+            # One pass: take all rows for finite, look again only if the pass met a value that was not.
+            plan = self.plan(Survey(np.ones(len(tensor), bool), None, False), weights=weights, rng=rng)
+            vector, finite = plan.apply_checked(tensor)
+            if finite:
+                return Aggregation(back(vector), plan.weights, ())
         plan = self.plan(survey(tensor, ref, products=self.needs_products), weights=weights, rng=rng)
         return Aggregation(back(plan.apply(tensor, ref)), plan.weights, plan.rejected)
 

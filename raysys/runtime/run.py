@@ -18,8 +18,8 @@ Notable choices
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import secrets
 import signal
 import sys
@@ -27,25 +27,25 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from raysys import __version__
 from raysys.runtime import environment
-from raysys.runtime.checkpoint import Checkpoints
 from raysys.runtime.config import Config, refuse_changes
 from raysys.runtime.lock import RunLock
 from raysys.runtime.metrics import Metrics, plain
 from raysys.runtime.record import FORMAT, Record
 from raysys.runtime.report import console_tables, figure_png, render_report
 from raysys.runtime.sentences import UserError
+from raysys.runtime.stage import Stage
 from raysys.runtime.statistics import Interval
 from raysys.runtime.storage import Log, Storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["Run", "Stage"]
 FLUSH_EVERY = 10.0
 
 
@@ -66,10 +66,10 @@ class Run:
         self._stages: dict[str, Stage] = {}
         self._events = Log(storage, "events.jsonl")
         self._results = Log(storage, "results.jsonl")
-        self._finished: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         for line in self._results.read():
             entry = json.loads(line)
-            self._finished[entry["stage"]] = entry["result"]
+            self.results[entry["stage"]] = entry["result"]
             self._add(entry["counts"])
         self.metrics = Metrics(storage, name=storage.uri.rpartition("/")[2], record=record, config=config)
         self._earlier_s = _seconds_worked(self.events(), self.metrics.earlier_times)
@@ -102,6 +102,8 @@ class Run:
             record.save(storage)
             storage.write_bytes("config.yaml", config.to_yaml().encode())
         except OSError as error:
+            with contextlib.suppress(OSError):  # what cannot be written can perhaps be deleted; the error below tells
+                Storage(out).delete(name)
             why = error.strerror or error
             raise UserError(f"out: got {out}; expected a folder or URI that can be written ({why})") from error
         return cls(storage, record, config, lock, resumed=False)
@@ -132,7 +134,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, UserError) and not self.resumed and not self._finished:
+        if isinstance(error, UserError) and not self.resumed and not self.results:
             self._release()
             self.storage.delete("config.yaml")
             self.metrics.abandon()
@@ -243,20 +245,22 @@ class Run:
             "version": __version__,
         }
 
-    def _finish(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    def record_result(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a finished stage to results.jsonl; returns the result as it will be read."""
         line = json.dumps({"stage": stage, "result": result, "counts": self._unsaved}, default=_number)
         self._results.append(line.encode())
         self._unsaved = {}
         if time.time() - self._flushed > FLUSH_EVERY:
             self.flush()
-        self._finished[stage] = json.loads(line)["result"]
-        return self._finished[stage]
+        self.results[stage] = json.loads(line)["result"]
+        return self.results[stage]
 
     def _add(self, counts: Mapping[str, int]) -> None:
         for name, number in counts.items():
             self.totals[name] = self.totals.get(name, 0) + number
 
-    def _refused(self, name: str, reason: str) -> None:
+    def record_refusal(self, name: str, reason: str) -> None:
+        """Say and record that a checkpoint was passed over."""
         print(f"warning: checkpoint refused: {reason}; using the one before it", file=sys.stderr, flush=True)
         self.event("checkpoint refused", checkpoint=name, reason=reason)
 
@@ -282,42 +286,6 @@ class Run:
         if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             return signal.signal(signal.SIGTERM, stop)
         return None
-
-
-class Stage:
-    """A unit of work inside a run. Made by `run.stage(name)`; any name will do."""
-
-    def __init__(self, run: Run, name: str) -> None:
-        self.run, self.name = run, name
-        readable = re.sub(r"[^A-Za-z0-9_+=-]+", ".", name).strip(".")[:80]
-        self.folder = f"stages/{readable}-{sha256(name.encode()).hexdigest()[:8]}"
-        self._checkpoints: Checkpoints | None = None
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What `finish` was given, in this process or before a resume; None while the stage is not finished."""
-        return self.run._finished.get(self.name)
-
-    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Record the stage's result (JSON values; numpy numbers and arrays are converted) and return it as recorded."""
-        return self.run._finish(self.name, result)
-
-    def log(self, round: int, **scalars: Any) -> None:
-        """Record measurements of a round. After a resume, the first one drops what an earlier process logged from there on."""
-        self.run.metrics.log(self.name, round, scalars)
-
-    def rewind(self, round: int) -> None:
-        """Drop measurements at or after a round, which is about to be computed again."""
-        self.run.metrics.rewind(self.name, round)
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The barriers of this stage."""
-        if self._checkpoints is None:
-            owner = f"{self.run.record.id}/{self.name}"
-            prefix = f"{self.folder}/checkpoints"
-            self._checkpoints = Checkpoints(self.run.storage, prefix, owner, self.run._refused, self.run.flush)
-        return self._checkpoints
 
 
 def _number(value: Any) -> Any:

@@ -3,7 +3,7 @@
 Notable choices
 - Starting W&B takes about 1.2 s and a row about 0.3 ms (wandb 0.31 on a 2-core machine), so both happen beside the run.
 - Offline unless credentials are configured (`wandb login`, WANDB_API_KEY); WANDB_MODE, if set, decides. Nothing is
-  printed by it. A failure is said once, in one line, and the run goes on.
+  printed by it. A server out of reach means offline too. A failure is said once, in one line, and the run goes on.
 - Files go to <run>/wandb on local runs, else to a temporary folder (upload with `wandb sync`).
 """
 
@@ -22,6 +22,8 @@ from raysys.runtime.storage import Storage
 
 PATIENCE = 30.0
 """Seconds that the end of a run waits for W&B."""
+REACH_WITHIN = 12.0
+"""Seconds that its server has to answer before the run is logged offline."""
 Row = tuple[str, int, dict[str, float]]
 
 
@@ -65,15 +67,23 @@ class Tracker:
             str(self._storage.local) if self._storage.local is not None else tempfile.mkdtemp(prefix="raysys-wandb-")
         )
         quiet = wandb.Settings(
-            silent=True, quiet=True, console="off", init_timeout=PATIENCE, disable_git=True, disable_code=True,
+            silent=True, quiet=True, console="off", init_timeout=REACH_WITHIN, disable_git=True, disable_code=True,
             x_disable_stats=True, x_save_requirements=False,
         )  # fmt: skip
         wandb.setup(quiet)
+        about: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "raysys"), "name": self._name, "group": self._record.system,
+            "job_type": self._record.command, "config": self._config, "dir": folder, "settings": quiet,
+            "reinit": "create_new",
+        }  # fmt: skip
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "raysys"), name=self._name, group=self._record.system,
-            job_type=self._record.command, config=self._config, dir=folder, mode=mode, settings=quiet, reinit="create_new",
-        )  # fmt: skip
+        if mode == "online":
+            try:
+                return wandb.init(**about, mode="online")
+            except wandb.errors.CommError:
+                self._warn("Weights & Biases cannot be reached; this run is logged offline (later: wandb sync)")
+                mode = "offline"
+        return wandb.init(**about, mode=mode)
 
     def _feed(self, run: Any) -> None:
         import wandb
@@ -90,4 +100,8 @@ class Tracker:
         run.finish()
 
     def _say(self, why: str) -> None:
-        print(f"warning: Weights & Biases is off for this run ({why}); metrics.jsonl has everything", file=sys.stderr)
+        self._warn(f"Weights & Biases is off for this run ({why}); metrics.jsonl has everything")
+
+    @staticmethod
+    def _warn(sentence: str) -> None:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)

@@ -81,7 +81,7 @@ def lower_bound_instance(n: int, f: int, G: float, B: float) -> TwoWorlds:
     p = f / (n - f)
     K = 1.0 + B**2 / (1.0 - p - p * B**2)
     mu = (1.0 - p) + p * K
-    tilt = (K - 1.0) ** 2 * p * (1.0 - p) / (B * mu) ** 2 if B > 0 else 0.0
+    tilt = (B / (1.0 - p - p * B**2)) ** 2 * p * (1.0 - p) / mu**2  # (K - a)^2 p (1 - p) / (B mu)^2
     z = G * mu * math.sqrt(1.0 - tilt) / (math.sqrt(p * (1.0 - p)) * K)
     return _two_worlds(n, f, G, B, 1.0, K, z, floor)
 

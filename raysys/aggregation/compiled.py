@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
@@ -62,7 +63,9 @@ def lanes(dtype: np.dtype) -> int:
     return _width() // np.dtype(dtype).itemsize
 
 
+@cache
 def _width() -> int:
+    """Bytes of a vector register."""
     return 64 if llvm.get_host_cpu_features().get("avx512f") else 32
 
 

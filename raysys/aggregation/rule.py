@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -84,14 +85,14 @@ class Plan:
         return self.apply_checked(stack, reference)[0]
 
     def apply_checked(self, stack: torch.Tensor, reference: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
-        """The output, and False only if a value met was not finite, which plans made on a survey need not ask."""
+        """The output, and False only if a coordinate-wise rule met a value that is not finite (a survey tells beforehand)."""
         if stack.shape[0] != self.n:
             raise ValueError(f"the plan was made for {self.n} rows, the stack has {stack.shape[0]}")
         if self.bias != 0.0 and reference is None:
             raise ValueError("this plan leans on the reference it was made with; pass it to apply")
         if self.weights is not None:
             out = columns.combine(stack, self.weights, reference, self.bias)
-            return out, bool(torch.isfinite(out).all())
+            return out, True
         assert self.coordinate is not None
         if self.matrix is None:
             return columns.coordinate(stack, self.coordinate)
@@ -217,7 +218,7 @@ class Rule:
             # One pass: take all rows for finite, look again only if the pass met a value that was not.
             plan = self.plan(Survey(np.ones(len(tensor), bool), None, False), weights=weights, rng=rng)
             vector, finite = plan.apply_checked(tensor)
-            if finite:
+            if finite and (plan.weights is None or isfinite(vector.sum(dtype=torch.float64).item())):
                 return Aggregation(back(vector), plan.weights, ())
         plan = self.plan(survey(tensor, ref, products=self.needs_products), weights=weights, rng=rng)
         return Aggregation(back(plan.apply(tensor, ref)), plan.weights, plan.rejected)

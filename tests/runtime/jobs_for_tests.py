@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 def torture(out: str, kills: int, seed: int) -> None:
     """Fork the job, SIGKILL it at a random moment, resume; `kills` times. Prints one line per process."""
     draw = np.random.default_rng(seed)
-    common = ["--pause", "0.004", "--rounds", "24", "--cells", "120", "--no-wandb"]
+    common = ["--pause", "0.01", "--rounds", "24", "--cells", "40", "--no-wandb"]
     run = ""
     for _ in range(kills):
         before = set(os.listdir(out))

@@ -35,7 +35,7 @@ def test_twenty_random_sigkills_lose_nothing_and_the_resumed_run_has_the_same_bi
 
     before = [json.loads(line)["stage"] for line in Path(run, "results.jsonl").read_text().splitlines()[:-1]]
     assert before, "the kills must have hit a run in progress"
-    config = Walk(cells=120, rounds=24, wandb=False, out=str(tmp_path / "calm"))
+    config = Walk(cells=40, rounds=24, wandb=False, out=str(tmp_path / "calm"))
     with Run.open(Walk(resume=run, pause=0.0), system="walk", command="walk") as resumed:
         walk(resumed)
     with Run.open(config, system="walk", command="walk") as calm:
@@ -44,5 +44,5 @@ def test_twenty_random_sigkills_lose_nothing_and_the_resumed_run_has_the_same_bi
     assert _rows(run) == _rows(calm.path)
     summaries = [json.loads(Path(path, "summary.json").read_text()) for path in (run, calm.path)]
     assert summaries[0]["table"] == summaries[1]["table"]
-    assert summaries[0]["messages"] == summaries[1]["messages"] == 120 * 24
+    assert summaries[0]["messages"] == summaries[1]["messages"] == 40 * 24
     assert not [name for name in resumed.storage.files(recursive=True) if name.endswith(".tmp")]

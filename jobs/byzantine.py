@@ -141,7 +141,7 @@ def train_once(
     result = {**{k: v for k, v in curve[-1].items() if k not in ("stage", "round", "t")}, **counts, "curve": curve}
     if "gradient_sq" in curve[-1]:
         result["floor"] = claims.tail_floor(curve)
-        result["predicted_floor"] = claims.predicted_floor(
+        result["predicted_floor"] = claims.floor_at_fit(
             task.rule, setting.workers, setting.byzantine, curve, setting.alpha
         )
     stage.finish(result)

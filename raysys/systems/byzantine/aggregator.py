@@ -75,14 +75,15 @@ class Aggregator:
             self.skipped += 1
             return self.model
         self.rejected += len(plan.rejected)
-        aggregate = plan.apply(stack, torch.from_numpy(self.reference)).numpy()
+        aggregate: F32 = plan.apply(stack, torch.from_numpy(self.reference)).numpy()
         self.reference = aggregate
         if self.setting.momentum_at == "server":
             beta = np.float32(self.setting.momentum)
-            self.velocity = beta * self.velocity + (np.float32(1) - beta) * aggregate
-            aggregate = self.velocity
+            aggregate = beta * self.velocity + (np.float32(1) - beta) * aggregate
+            self.velocity = aggregate
         if self.setting.normalised:
-            aggregate = aggregate / np.float32(max(float(np.linalg.norm(aggregate.astype(np.float64))), 1e-30))
+            norm = float(np.linalg.norm(aggregate.astype(np.float64)))
+            aggregate = (aggregate / np.float32(max(norm, 1e-30))).astype(np.float32)
         self.model = self.model - np.float32(self.setting.step_size(round)) * aggregate
         return self.model
 

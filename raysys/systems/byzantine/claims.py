@@ -16,7 +16,7 @@ import numpy as np
 
 from raysys.aggregation import Rule
 from raysys.runtime.statistics import Interval, mean_ci, paired_difference
-from raysys.systems.byzantine.theory import error_floor
+from raysys.systems.byzantine.dissimilarity import fit_dissimilarity, predicted_floor
 
 Result = Mapping[str, Any]
 PAPER = "Ruan, Wang & Liu 2026 (arXiv 2604.10179), abstract"
@@ -30,28 +30,17 @@ def tail_floor(curve: Sequence[Mapping[str, float]]) -> float:
     return float(np.mean(values[-max(1, int(len(values) * TAIL)) :]))
 
 
-def estimated_constants(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """G^2, B^2 and sigma^2 along a trajectory: non-negative least squares of the dissimilarity on |grad L_H|^2."""
-    from scipy.optimize import nnls
-
-    x = np.array([row["gradient_sq"] for row in curve])
-    y = np.array([row["dissimilarity"] for row in curve])
-    # Relative weights: early rounds, where gradients are large, would otherwise decide both constants.
-    weight = 1 / np.maximum(y, 1e-12)
-    (g2, b2), _ = nnls(np.stack([np.ones_like(x), x], 1) * weight[:, None], y * weight)
-    return {"G2": float(g2), "B2": float(b2), "sigma2": float(np.mean([r["noise"] for r in curve[-len(curve) // 4 :]]))}
-
-
-def predicted_floor(rule: Rule, n: int, f: int, curve: Sequence[Mapping[str, float]], alpha: float) -> float | None:
-    """The upper bound of spec 2.3 at the estimated constants; None where the rule has no known kappa or kappa B^2 >= 1."""
-    kappa = rule.kappa(n, f)
-    if kappa is None:
+def floor_at_fit(rule: Rule, n: int, f: int, curve: Sequence[Mapping[str, float]], alpha: float) -> float | None:
+    """The upper bound of spec 2.3 at (G, B, sigma) fitted along the trajectory; None where the rule has no known kappa,
+    or kappa B^2 >= 1 and nothing is guaranteed."""
+    if len(curve) < 2 or rule.kappa(n, f) is None:
         return None
-    c = estimated_constants(curve)
-    if kappa.value * c["B2"] >= 1:
-        return None
-    g, b, sigma = (float(np.sqrt(c[k])) for k in ("G2", "B2", "sigma2"))
-    return float(error_floor(kappa.value, n, f, g, b, sigma, alpha))
+    fit = fit_dissimilarity(
+        np.array([row["dissimilarity"] for row in curve]), np.array([row["gradient_sq"] for row in curve])
+    )
+    sigma = float(np.sqrt(np.mean([row["noise"] for row in curve[-max(1, len(curve) // 4) :]])))
+    floor = predicted_floor(rule, n, f, fit, sigma, alpha)
+    return float(floor) if np.isfinite(floor) else None
 
 
 def training_claims(arms: Mapping[str, Sequence[Result]], names: Mapping[str, str]) -> list[dict[str, Any]]:

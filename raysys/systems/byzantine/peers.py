@@ -145,7 +145,7 @@ class PeerAdversaries:
             rng=self.seeds.rng(Stream.ATTACK, 0, round),
         )
         self.last = centre
-        told = self.attack.craft_edges(torch.from_numpy(everyone), weights, self.nodes, threat)
+        told = self.attack.craft_edges(torch.from_numpy(everyone), weights, self.nodes.tolist(), threat)
         return {(int(b), int(i)): v.numpy() for (b, i), v in told.items()}
 
     def state_dict(self) -> State:

@@ -22,6 +22,7 @@ from torch import Tensor
 from raysys.data import Dataset, Partition
 from raysys.nn.batched import Model
 from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.byzantine.dissimilarity import PlantedQuadratics
 
 Nodes = NDArray[np.int64]
 
@@ -128,81 +129,39 @@ class Classification:
         }
 
 
-@dataclass
 class Quadratics:
-    """Heterogeneous quadratics L_i = (a_i/2) |theta - c_i|^2 in d dimensions, optionally with Gaussian gradient noise.
+    """The planted (G, B) quadratics of `dissimilarity`, with Gaussian gradient noise E|xi|^2 = sigma^2.
 
-    `curvature` (n,) and `centres` (n, d) plant the heterogeneity: with equal curvatures B = 0 and G^2 is the variance of
-    a*c_i over honest nodes; `honest` are the nodes that define the global objective.
+    Honest nodes are 0..h-1; the others, Byzantine, have the honest average as their own gradient.
     """
 
-    curvature: NDArray[np.float64]
-    centres: NDArray[np.float64]
-    honest: Nodes
-    sigma: float
-    seeds: Seeds
-
-    def __post_init__(self) -> None:
-        self.dimension = self.centres.shape[1]
-        weight = self.curvature[self.honest]
-        self.optimum = (weight[:, None] * self.centres[self.honest]).sum(0) / weight.sum()
-        self.mu = float(weight.mean())
+    def __init__(self, planted: PlantedQuadratics, sigma: float, seeds: Seeds) -> None:
+        self.planted, self.sigma, self.seeds = planted, sigma, seeds
+        self.dimension = planted.Q.shape[0]
 
     def init(self) -> Tensor:
-        rng = self.seeds.rng(Stream.INIT)
-        return torch.from_numpy(self.optimum + rng.normal(size=self.dimension)).float()
+        return torch.from_numpy(self.seeds.rng(Stream.INIT).normal(size=self.dimension)).float()
 
     def full_gradients(self, theta: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
-        a = torch.from_numpy(self.curvature[nodes])[:, None]
-        gap = theta.double() - torch.from_numpy(self.centres[nodes])
-        return (0.5 * a * gap.square()).sum(1), (a * gap).float()
+        p, x = self.planted, theta.double().numpy()
+        honest = nodes < len(p.s)
+        inside = np.where(honest, nodes, 0)
+        scale = np.where(honest, 1 + p.B * p.s[inside], 1.0)
+        pull = np.where(honest[:, None], p.G * p.u[inside], 0.0)
+        bowl = x @ p.Q  # (d,) or (k, d); Q is symmetric
+        losses = scale * 0.5 * (x * bowl).sum(-1) + (pull * x).sum(-1)
+        return torch.from_numpy(losses), torch.from_numpy(scale[:, None] * bowl + pull).float()
 
     def gradients(self, theta: Tensor, nodes: Nodes, round: int, step: int = 0) -> Tensor:
         _, exact = self.full_gradients(theta, nodes)
         if self.sigma == 0:
             return exact
         u = self.seeds.uniform(Stream.BATCH, nodes, round + (step << 40), 2 * self.dimension)
-        # Box-Muller; |xi|^2 has expectation sigma^2 over all d coordinates.
-        r = np.sqrt(-2 * np.log1p(-u[:, : self.dimension]))
-        noise = r * np.cos(2 * np.pi * u[:, self.dimension :]) * self.sigma / np.sqrt(self.dimension)
-        return exact + torch.from_numpy(noise).float()
+        normal = np.sqrt(-2 * np.log1p(-u[:, : self.dimension])) * np.cos(
+            2 * np.pi * u[:, self.dimension :]
+        )  # Box-Muller
+        return exact + torch.from_numpy(normal * self.sigma / np.sqrt(self.dimension)).float()
 
     def score(self, theta: Tensor) -> dict[str, float]:
-        gap = theta.double().numpy() - self.optimum
-        return {"excess_loss": float(0.5 * self.mu * (gap @ gap)), "distance": float(np.linalg.norm(gap))}
-
-
-def planted_quadratics(
-    n: int, honest: Nodes, dimension: int, g: float, b: float, sigma: float, seeds: Seeds
-) -> Quadratics:
-    """Quadratics whose honest nodes satisfy (G, B)-dissimilarity with equality at the optimum's gradient scale.
-
-    Curvatures are mu*(1 + B*s_i) with s_i = +-1 balanced over honest nodes, so their gradients' spread grows as
-    B^2 |grad L|^2 exactly; centres are drawn orthogonal to that pattern and scaled so that the spread at the optimum is
-    G^2 (spec 2.1). mu = 1.
-
-    Raises:
-        ValueError: B >= 1 would make a local loss concave; fewer than 2 honest nodes with G or B positive.
-    """
-    h = len(honest)
-    if h < 2 and (g > 0 or b > 0):
-        raise ValueError(f"workers: {h} honest node(s) cannot differ; G and B must be 0")
-    rng = seeds.rng(Stream.PARTITION)
-    sign = np.where(np.arange(h) % 2 == 0, 1.0, -1.0)
-    sign -= sign.mean()
-    scale = np.sqrt((sign**2).mean()) if h > 1 else 1.0
-    curvature = np.ones(n)
-    curvature[honest] = 1 + b * sign / scale
-    if curvature.min() <= 0:
-        raise ValueError(
-            f"dissimilarity_b: got {b}; these quadratics need it below {scale / np.abs(sign).max():.3g} to stay convex"
-        )
-    # Offsets e_i = a_i c_i: mean zero and uncorrelated with the curvatures, so the cross term of the spread vanishes.
-    offsets = rng.normal(size=(h, dimension))
-    basis, _ = np.linalg.qr(np.stack([np.ones(h), sign], 1) if b > 0 and h > 2 else np.ones((h, 1)))
-    offsets -= basis @ (basis.T @ offsets)
-    norm = np.sqrt((offsets**2).sum(1).mean())
-    offsets *= g / norm if norm > 0 else 0.0
-    centres = np.zeros((n, dimension))
-    centres[honest] = offsets / curvature[honest, None]
-    return Quadratics(curvature, centres, honest, sigma, seeds)
+        x = theta.double().numpy()
+        return {"excess_loss": self.planted.loss(x), "distance": float(np.linalg.norm(x))}

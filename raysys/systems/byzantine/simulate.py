@@ -28,8 +28,9 @@ class Simulation:
         sent.append(self.adversaries.corrupt(t, honest))
         ids = np.concatenate([i for i, _ in sent])
         model = self.server.aggregate(t, ids, np.concatenate([rows for _, rows in sent]))
-        for node in (*self.clients, self.adversaries):
-            node.receive(t, model)
+        for client in self.clients:
+            client.receive(t, model)
+        self.adversaries.receive(t, model)
 
     def evaluate(self, t: int) -> dict[str, float]:
         parts = [client.statistics(t) for client in self.clients]

@@ -21,8 +21,9 @@ from raysys.graph import Graph, make_graph
 from raysys.nn.batched import cnn, mlp, softmax_regression
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.byzantine.aggregator import Aggregator
+from raysys.systems.byzantine.dissimilarity import planted_quadratics
 from raysys.systems.byzantine.peers import PeerAdversaries, Peers
-from raysys.systems.byzantine.problems import Classification, Problem, planted_quadratics
+from raysys.systems.byzantine.problems import Classification, Problem, Quadratics
 from raysys.systems.byzantine.setting import Setting
 from raysys.systems.byzantine.theory import subsampled_f
 from raysys.systems.byzantine.workers import Adversaries, Workers
@@ -71,9 +72,9 @@ class Task:
     def problem(self) -> Problem:
         s = self.setting
         if s.problem == "quadratic":
-            return planted_quadratics(
-                s.workers, self.honest, s.hidden, s.dissimilarity_g, s.dissimilarity_b, s.sigma, self.seeds
-            )
+            rng = self.seeds.rng(Stream.PARTITION)
+            planted = planted_quadratics(s.honest, s.hidden, s.dissimilarity_g, s.dissimilarity_b, rng)
+            return Quadratics(planted, s.sigma, self.seeds)
         features, classes = self.dataset.features, self.dataset.classes
         if s.problem == "mlp":
             model = mlp(features, classes, s.hidden)

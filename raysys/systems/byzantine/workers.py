@@ -91,7 +91,7 @@ class Workers:
             "square": exact.square().sum().numpy(),
             "noise": (noisy - exact).square().sum().numpy(),
             "loss": losses.double().cpu().numpy(),
-            "count": np.int64(len(self.nodes)),
+            "count": np.array(len(self.nodes)),
         }
 
     def state_dict(self) -> State:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.attacks.threat import Attack, Threat
@@ -53,6 +54,22 @@ def min_sum_gamma(gram: np.ndarray, along: np.ndarray, a: float) -> float:
     c = gram.diagonal()
     largest = float(len(c) * c.max() + c.sum())  # max_i sum_j ||x_i - x_j||^2 = max_i (h c_i + sum_j c_j)
     return float(np.sqrt(max(largest - c.sum(), 0.0) / (len(c) * a))) if a > 0 else 0.0
+
+
+def mirror_groups(gram: NDArray[np.float64], f: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The f honest rows at one end of the main direction, farthest first, and the rest; the end that differs more.
+
+    gram: (h, h) of the deviations from the honest mean. With h <= f the first group is one smaller than h.
+    """
+    h = len(gram)
+    f = min(f, h - 1)
+    order = np.argsort(np.linalg.eigh(gram)[1][:, -1], kind="stable")
+    ends = []
+    for chosen in (order[:f], order[::-1][:f]):
+        inside = np.isin(np.arange(h), chosen)
+        shift = inside / max(f, 1) - ~inside / (h - f)
+        ends.append((float(shift @ gram @ shift), chosen, np.flatnonzero(~inside)))
+    return max(ends, key=lambda end: end[0])[1:]
 
 
 class MinMax(Attack):

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.aggregation import Plan, Rule, Survey, survey
-from raysys.attacks.distance import inner_products, min_max_gamma
+from raysys.attacks.distance import inner_products, min_max_gamma, mirror_groups
 from raysys.attacks.simple import MaxBias, alie_z_max
-from raysys.attacks.threat import Attack, Threat
+from raysys.attacks.threat import Attack, PeerView, Threat
 
 F64 = NDArray[np.float64]
 COLUMNS = 1024
+Badness = tuple[float, float]
 GOLDEN = (5.0**0.5 - 1.0) / 2.0
 
 
@@ -221,18 +222,22 @@ class BestResponse(Attack):
       mirror     the mirror images of the f rows at that end, each Byzantine node one
     and then `refine` golden sections between the grid neighbours of the best t where that is ALIE or IPM.
 
-    criterion "deviation": largest ||F - mu||^2. By smoothness one step of 1/L with F loses at most
-    -<mu, F> + ||F||^2 / 2 = (||F - mu||^2 - ||mu||^2) / 2, so this is the worst round for the descent bound; equal
-    deviations are decided against mu. criterion "descent": smallest <F, mu>, the worst round for small steps.
+    What "worst" means, F the rule's output:
+      "descent"    smallest <F, mu>, the worst round for small steps; on real data the most damaging on most rules
+      "deviation"  largest ||F - mu||^2, what (f, kappa)-robustness bounds. One step of 1/L with F loses at most
+                   -<mu, F> + ||F||^2 / 2 = (||F - mu||^2 - ||mu||^2) / 2, so it is also the worst for the descent lemma
+      "stall"      smallest ||F||, so that training stands still; the most damaging on Krum and the geometric median
+    Each is greedy round by round; none is the worst on every rule over a whole run. Peers send models, whose mean is no
+    gradient: there the criterion is always the deviation. Ties of "deviation" are decided against mu.
     """
 
     name = "best_response"
     ALIE: ClassVar = (0.5, 1.0, 2.0, 4.0)
     IPM: ClassVar = (0.1, 0.5, 1.0, 10.0, 100.0)
 
-    def __init__(self, criterion: str = "deviation", refine: int = 3) -> None:
-        if criterion not in ("deviation", "descent"):
-            raise ValueError(f"best_response needs a criterion among deviation, descent, got {criterion!r}")
+    def __init__(self, criterion: str = "descent", refine: int = 3) -> None:
+        if criterion not in ("descent", "deviation", "stall"):
+            raise ValueError(f"best_response needs a criterion among descent, deviation, stall, got {criterion!r}")
         self.criterion, self.refine = criterion, refine
 
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
@@ -241,26 +246,20 @@ class BestResponse(Attack):
         response = Response(honest, torch.stack([spread, outside]), threat, self.name)
         lines, others = self._family(honest, mean, spread, threat)
         family = [response.mean + t * p for grid, p in lines for t in grid] + others
-        scores = [self._score(measured) for measured in response.many(family)]
+        criterion = "deviation" if isinstance(threat.rule, PeerView) else self.criterion
+        scores = [_badness(criterion, measured) for measured in response.many(family)]
         best = max(range(len(family)), key=lambda k: scores[k])
         start = 0
         for grid, p in lines:
             if self.refine and start <= best < start + len(grid):
                 known = dict(zip(grid, scores[start : start + len(grid)], strict=True))
-                t = line_search(
-                    lambda s: known[s] if s in known else self._score(response(response.mean + s * p)),  # noqa: B023
-                    grid,
-                    self.refine,
-                )
-                return response.combine(response.mean + t * p)
+
+                def score(t: float, known: dict[float, Badness] = known, p: F64 = p) -> Badness:
+                    return known[t] if t in known else _badness(criterion, response(response.mean + t * p))
+
+                return response.combine(response.mean + line_search(score, grid, self.refine) * p)
             start += len(grid)
         return response.combine(family[best])
-
-    def _score(self, measured: tuple[float, float]) -> tuple[float, float]:
-        deviation, along = measured
-        if self.criterion == "descent":
-            return -along, deviation
-        return (float(f"{deviation:.9g}"), -along) if np.isfinite(deviation) else (deviation, 0.0)
 
     def _family(
         self, honest: Tensor, mean: Tensor, spread: Tensor, threat: Threat
@@ -285,17 +284,13 @@ class BestResponse(Attack):
         return [(grids[0], -unit[h]), (grids[1], -average)], others
 
 
-def mirror_groups(gram: F64, f: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The f honest rows at one end of the main direction, farthest first, and the rest; the end that differs more.
-
-    gram: (h, h) of the deviations from the honest mean. With h <= f the first group is one smaller than h.
-    """
-    h = len(gram)
-    f = min(f, h - 1)
-    order = np.argsort(np.linalg.eigh(gram)[1][:, -1], kind="stable")
-    ends = []
-    for chosen in (order[:f], order[::-1][:f]):
-        inside = np.isin(np.arange(h), chosen)
-        shift = inside / max(f, 1) - ~inside / (h - f)
-        ends.append((float(shift @ gram @ shift), chosen, np.flatnonzero(~inside)))
-    return max(ends, key=lambda end: end[0])[1:]
+def _badness(criterion: str, measured: tuple[float, float]) -> Badness:
+    """The larger, the worse; measured is (||F - mu||^2, <F - mu, mu>), and ||F||^2 = the first + twice the second + ||mu||^2."""
+    deviation, along = measured
+    if not (np.isfinite(deviation) and np.isfinite(along)):
+        return deviation, 0.0
+    if criterion == "descent":
+        return -along, deviation
+    if criterion == "stall":
+        return -(deviation + 2.0 * along), deviation
+    return float(f"{deviation:.9g}"), -along

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysys.attacks.response import Response, line_search, mirror_groups
+from raysys.attacks.distance import mirror_groups
+from raysys.attacks.response import Response, line_search
 from raysys.attacks.threat import Attack, Threat
 
 

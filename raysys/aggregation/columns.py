@@ -172,22 +172,29 @@ def _coordinate_part(x: Block, rule: Coordinatewise, rows: NDArray[np.intp], out
     return all_finite(x)
 
 
-def combine(stack: torch.Tensor, weights: F64, reference: torch.Tensor | None, bias: float) -> torch.Tensor:
-    """weights (n,) @ stack (n, d) + bias * reference, in float64 around the heaviest row: (d,)."""
+def combine(
+    stack: torch.Tensor, weights: F64, reference: torch.Tensor | None, bias: float, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """weights (n,) @ stack (n, d) + bias * reference, in float64: (d,), written to `into` if given (CPU)."""
     rows = np.flatnonzero(weights)
     base = int(weights.argmax())
     total = _snap(float(weights.sum()) + bias)
     if len(rows) == 1 and total == 1.0 and bias == 0.0:
-        return stack[base].clone()
+        return stack[base].clone() if into is None else into.copy_(stack[base])
     if stack.is_cuda:
         return device.combine(stack, weights, reference, bias)
     ref = reference if bias != 0.0 else None
     used = weights[rows]
 
     def part(x: Block, r: NDArray, out: NDArray) -> None:
-        kernels.combine(x.flat, x.stride, x.d, rows, used, r, bias, base, total, out)
+        if x.flat.dtype == np.float32 and bias == 0.0 and len(used) and (used == used[0]).all():
+            kernels.average(x.flat, x.stride, x.d, rows, used[0], out)
+        elif x.flat.dtype == np.float32:
+            kernels.combine(x.flat, x.stride, x.d, rows, used, r, bias, out)
+        else:
+            kernels.combine_around(x.flat, x.stride, x.d, rows, used, r, bias, base, total, out)
 
-    return _by_slab(stack, part, ref)
+    return _by_slab(stack, part, ref, into)
 
 
 def mixed_coordinate(
@@ -230,17 +237,40 @@ def _mix_into(x: Block, matrix: F64, base: int, reference: NDArray, out: NDArray
     kernels.mix(x.flat, x.stride, n, x.d, np.ascontiguousarray(matrix[:, :n]), totals, base, reference, bias, out)
 
 
+def norms(stack: torch.Tensor) -> F64:
+    """(n,) Euclidean norms in float64; not finite where the row is not."""
+    if stack.is_cuda:
+        return torch.linalg.vector_norm(stack, dim=1, dtype=torch.float64).cpu().numpy()
+    x = block(stack)
+    out = np.empty(x.n)
+    kernels.row_norms(x.flat, x.stride, x.d, out)
+    return out
+
+
+def scale(stack: torch.Tensor, factors: F64) -> torch.Tensor:
+    """factors (n,) times the rows: (n, d)."""
+    return (stack * torch.from_numpy(factors).to(stack.device)[:, None].to(max_precision(stack.dtype))).to(stack.dtype)
+
+
+def max_precision(dtype: torch.dtype) -> torch.dtype:
+    """The type that factors are held in: float32 for half precisions."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _snap(total: float) -> float:
     """A sum of shares that rounding left beside one is one."""
     return 1.0 if abs(total - 1.0) < 1e-12 else total
 
 
 def _by_slab(
-    stack: torch.Tensor, work: Callable[[Block, NDArray, NDArray], None], reference: torch.Tensor | None
+    stack: torch.Tensor,
+    work: Callable[[Block, NDArray, NDArray], None],
+    reference: torch.Tensor | None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `work(columns, reference (k,) or empty, out (k,))` over the stack; half precisions in float32 slabs."""
     d = stack.shape[1]
-    out = torch.empty(d, dtype=stack.dtype)
+    out = torch.empty(d, dtype=stack.dtype) if into is None else into
     if stack.dtype in (torch.float32, torch.float64):
         x = block(stack)
         work(x, vector(reference, x), out.numpy())

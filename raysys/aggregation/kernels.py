@@ -165,16 +165,17 @@ def block_grams(flat, stride, n, d, centre, reference, finite, mask, shift, bias
 
 
 @njit(cache=True, nogil=True)
-def combine(flat, stride, d, rows, weights, reference, bias, base, total, out):  # type: ignore[no-untyped-def]
-    """out <- total * x[base] + sum_i weights[i] * (x[rows[i]] - x[base]) + bias * (reference - x[base]), in float64."""
-    acc = np.empty(TILE, np.float64)
-    middle = np.empty(TILE, np.float64)
-    for start in range(0, d, TILE):
-        width = min(TILE, d - start)
-        anchor = flat[base * stride + start : base * stride + start + width]
+def combine(flat, stride, d, rows, weights, reference, bias, out):  # type: ignore[no-untyped-def]
+    """out <- sum_i weights[i] * x[rows[i]] + bias * reference, in float64, for float32 rows.
+
+    Rounding the float64 sum once gives back a value that all rows share, exactly.
+    """
+    tile = 2 * TILE
+    acc = np.empty(tile, np.float64)
+    for start in range(0, d, tile):
+        width = min(tile, d - start)
         for k in range(width):
-            middle[k] = np.float64(anchor[k])
-            acc[k] = total * middle[k]
+            acc[k] = 0.0
         i = 0
         while i + 4 <= rows.size:
             w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
@@ -182,25 +183,103 @@ def combine(flat, stride, d, rows, weights, reference, bias, base, total, out): 
             s2, s3 = rows[i + 2] * stride + start, rows[i + 3] * stride + start
             x0, x1, x2, x3 = flat[s0 : s0 + width], flat[s1 : s1 + width], flat[s2 : s2 + width], flat[s3 : s3 + width]
             for k in range(width):
-                c = middle[k]
-                acc[k] += (w0 * (np.float64(x0[k]) - c) + w1 * (np.float64(x1[k]) - c)) + (
-                    w2 * (np.float64(x2[k]) - c) + w3 * (np.float64(x3[k]) - c)
+                acc[k] = (
+                    acc[k]
+                    + w0 * np.float64(x0[k])
+                    + w1 * np.float64(x1[k])
+                    + w2 * np.float64(x2[k])
+                    + w3 * np.float64(x3[k])
                 )
             i += 4
         while i < rows.size:
-            w0 = weights[i]
-            s0 = rows[i] * stride + start
+            w0, s0 = weights[i], rows[i] * stride + start
             x0 = flat[s0 : s0 + width]
             for k in range(width):
-                acc[k] += w0 * (np.float64(x0[k]) - middle[k])
+                acc[k] = acc[k] + w0 * np.float64(x0[k])
             i += 1
         if bias != 0.0:
             ref = reference[start : start + width]
             for k in range(width):
-                acc[k] += bias * (np.float64(ref[k]) - middle[k])
+                acc[k] = acc[k] + bias * np.float64(ref[k])
         target = out[start : start + width]
         for k in range(width):
             target[k] = acc[k]
+
+
+@njit(cache=True, nogil=True)
+def average(flat, stride, d, rows, weight, out):  # type: ignore[no-untyped-def]
+    """out <- weight * sum_i x[rows[i]], in float64, for float32 rows: `combine` for equal weights, at the speed of memory."""
+    tile = 2 * TILE
+    acc = np.empty(tile, np.float64)
+    for start in range(0, d, tile):
+        width = min(tile, d - start)
+        for k in range(width):
+            acc[k] = 0.0
+        i = 0
+        while i + 8 <= rows.size:
+            x0 = flat[rows[i + 0] * stride + start : rows[i + 0] * stride + start + width]
+            x1 = flat[rows[i + 1] * stride + start : rows[i + 1] * stride + start + width]
+            x2 = flat[rows[i + 2] * stride + start : rows[i + 2] * stride + start + width]
+            x3 = flat[rows[i + 3] * stride + start : rows[i + 3] * stride + start + width]
+            x4 = flat[rows[i + 4] * stride + start : rows[i + 4] * stride + start + width]
+            x5 = flat[rows[i + 5] * stride + start : rows[i + 5] * stride + start + width]
+            x6 = flat[rows[i + 6] * stride + start : rows[i + 6] * stride + start + width]
+            x7 = flat[rows[i + 7] * stride + start : rows[i + 7] * stride + start + width]
+            for k in range(width):
+                acc[k] = (
+                    acc[k]
+                    + np.float64(x0[k])
+                    + np.float64(x1[k])
+                    + np.float64(x2[k])
+                    + np.float64(x3[k])
+                    + np.float64(x4[k])
+                    + np.float64(x5[k])
+                    + np.float64(x6[k])
+                    + np.float64(x7[k])
+                )
+            i += 8
+        while i < rows.size:
+            x0 = flat[rows[i] * stride + start : rows[i] * stride + start + width]
+            for k in range(width):
+                acc[k] = acc[k] + np.float64(x0[k])
+            i += 1
+        target = out[start : start + width]
+        for k in range(width):
+            target[k] = weight * acc[k]
+
+
+@njit(cache=True, nogil=True)
+def combine_around(flat, stride, d, rows, weights, reference, bias, base, total, out):  # type: ignore[no-untyped-def]
+    """The same for float64 rows, around row `base` so that a value that all rows share comes back exactly.
+
+    total: the sum of the shares, bias included.
+    """
+    for start in range(0, d, TILE):
+        width = min(TILE, d - start)
+        anchor = flat[base * stride + start : base * stride + start + width]
+        target = out[start : start + width]
+        for k in range(width):
+            target[k] = total * anchor[k]
+        for i in range(rows.size):
+            w, s = weights[i], rows[i] * stride + start
+            row = flat[s : s + width]
+            for k in range(width):
+                target[k] += w * (row[k] - anchor[k])
+        if bias != 0.0:
+            ref = reference[start : start + width]
+            for k in range(width):
+                target[k] += bias * (ref[k] - anchor[k])
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def row_norms(flat, stride, d, norms):  # type: ignore[no-untyped-def]
+    """norms[i] <- Euclidean norm of row i, in float64."""
+    for i in range(norms.size):
+        row = flat[i * stride : i * stride + d]
+        total = 0.0
+        for k in range(d):
+            total += np.float64(row[k]) * np.float64(row[k])
+        norms[i] = np.sqrt(total)
 
 
 @njit(cache=True, nogil=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from raysys.aggregation import columns
-from raysys.aggregation.gram import F64, survey
+from raysys.aggregation.gram import F64, Survey, survey
 from raysys.aggregation.robustness import arc_kappa, nnm_kappa
 from raysys.aggregation.rule import Kappa, Stack, View, as_stack, medoid, norms_of, squared_distances
 
@@ -21,6 +22,8 @@ class PreAggregator:
     name: ClassVar[str]
     weighted: ClassVar[bool] = False
     """Do row weights keep their meaning through it?"""
+    sees: ClassVar[str] = "products"
+    """'products': all inner products; 'norms': norms only, and the map is diagonal; 'nothing': the map is drawn."""
 
     def __init__(self, n: int, f: int) -> None:
         self.n, self.f = n, f
@@ -39,15 +42,29 @@ class PreAggregator:
     def __call__(self, stack: Stack, *, rng: np.random.Generator | None = None) -> Any:
         """The mixed rows (n', d); same kind and type as the stack, which is not written to. Rows must be finite."""
         tensor, back = as_stack(stack)
-        seen = survey(tensor)
+        if self.sees == "products":
+            seen = survey(tensor)
+        elif self.sees == "norms":
+            norms = columns.norms(tensor)
+            seen = Survey(np.isfinite(norms), np.diag(np.append(norms, 0.0) ** 2)[None], False)
+        else:
+            seen = survey(tensor, products=False)
         if not seen.finite.all():
             raise ValueError(
                 f"{self.name} alone needs finite rows, got {np.flatnonzero(~seen.finite).tolist()} not finite"
             )
+        matrix = self.matrix(View(seen, seen.n, self.f, None, rng, np.arange(seen.n)))
+        if self.sees == "norms":
+            return back(columns.scale(tensor, np.diag(matrix).copy()))
+        if self.sees == "nothing":
+            if tensor.is_cuda:
+                return back(torch.stack([columns.combine(tensor, row[: seen.n], None, 0.0) for row in matrix]))
+            out = torch.empty((len(matrix), tensor.shape[1]), dtype=tensor.dtype)
+            for into, row in zip(out, matrix, strict=True):
+                columns.combine(tensor, row[: seen.n], None, 0.0, into)
+            return back(out)
         view = View(seen, seen.n, self.f, None, rng, np.arange(seen.n))
-        wide = np.zeros((self.count(seen.n, self.f), seen.n + 2))
-        wide[:, :-1] = self.matrix(view)
-        return back(columns.mix(tensor, wide, medoid(view)))
+        return back(columns.mix(tensor, np.pad(matrix, ((0, 0), (0, 1))), medoid(view)))
 
 
 def _diagonal(view: View, factors: F64) -> F64:
@@ -83,6 +100,7 @@ class Bucketing(PreAggregator):
     """
 
     name = "bucketing"
+    sees = "nothing"
 
     def __init__(self, n: int, f: int, size: int | None = None) -> None:
         super().__init__(n, f)
@@ -112,6 +130,7 @@ class Clipping(PreAggregator):
 
     name = "clipping"
     weighted = True
+    sees = "norms"
 
     def __init__(self, n: int, f: int, radius: float = 1.0) -> None:
         super().__init__(n, f)
@@ -128,6 +147,7 @@ class Arc(PreAggregator):
 
     name = "arc"
     weighted = True
+    sees = "norms"
 
     def kappa(self, n: int, f: int, inner: Kappa | None) -> Kappa | None:
         return None if inner is None else Kappa(arc_kappa(n, f, inner.value), "bound", "2405.14432, recalled")

@@ -218,7 +218,7 @@ class Rule:
             # One pass: take all rows for finite, look again only if the pass met a value that was not.
             plan = self.plan(Survey(np.ones(len(tensor), bool), None, False), weights=weights, rng=rng)
             vector, finite = plan.apply_checked(tensor)
-            if finite and (plan.weights is None or isfinite(vector.sum(dtype=torch.float64).item())):
+            if finite and (plan.weights is None or isfinite(vector.sum().item())):
                 return Aggregation(back(vector), plan.weights, ())
         plan = self.plan(survey(tensor, ref, products=self.needs_products), weights=weights, rng=rng)
         return Aggregation(back(plan.apply(tensor, ref)), plan.weights, plan.rejected)

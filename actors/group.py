@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.host import Host, State
 from actors.message import Traffic
+from actors.process import Process
 from actors.server import Evaluate, Server, ServerBlock
 from raysys.runtime.rounds import Call, is_loss
 from raysys.runtime.session import Session, wait_until
@@ -28,16 +29,6 @@ I64 = NDArray[np.int64]
 Make = Callable[[I64], Any]
 Update = list[ray.ObjectRef]
 """One host's messages of a round: one reference per shard of columns."""
-
-
-class Process:
-    """An actor process that takes on a role: starting one costs seconds (imports), giving it another role does not."""
-
-    def become(self, role: type[Host], *args: Any) -> None:
-        self.role = role(*args)
-
-    def do(self, method: str, *args: Any) -> Any:
-        return getattr(self.role, method)(*args)
 
 
 class Crew:
@@ -51,6 +42,9 @@ class Crew:
         self.remote = ray.remote(Process).options(max_restarts=0, max_task_retries=0, **options)
         self._calls: list[Call] = []
         self.hosts = [self._enlist(i) for i in range(len(self.arguments))]
+
+    def ready(self) -> None:
+        """Wait until all hosts have built their nodes. Crews start side by side: spawn them all, then ask."""
         self._await_start(range(len(self.hosts)))
 
     def _enlist(self, host: int, fresh: bool = False) -> Any:

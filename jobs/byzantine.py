@@ -55,6 +55,8 @@ class TrainConfig(ClusterJob, Setting):
             raise ValueError(
                 f"shards: got {self.shards}; several shards need execution actors, topology server and no normalised"
             )
+        if self.shards > 1 and ":" in self.rule:
+            raise ValueError(f"shards: got {self.shards}; the rule {self.rule} sees whole vectors and cannot be cut")
         return self
 
     def check(self) -> None:

@@ -54,6 +54,9 @@ class Call:
 class Participant(Protocol):
     """Something with state that takes part in every round: a group of hosts, a server, or a plain object."""
 
+    def ready(self) -> None:
+        """Wait until it can be used."""
+
     def taken(self) -> list[Call]:
         """Calls submitted since this was last asked."""
 
@@ -84,6 +87,9 @@ class Local:
 
     def __post_init__(self) -> None:
         self.start = {k: np.array(v, copy=True) for k, v in self.block.state_dict().items()}
+
+    def ready(self) -> None:
+        return
 
     def taken(self) -> list[Call]:
         return []
@@ -142,6 +148,8 @@ class Rounds:
         self._measured.append((t, values))
 
     def __iter__(self) -> Iterator[int]:
+        for p in self.participants:
+            p.ready()
         t = self._return_to_barrier()
         barrier, losses = t, 0
         while t < self.total:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from raysys.aggregation import Plan, Rule, Survey, survey
+from raysys.aggregation.user import UserRule
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.byzantine.setting import Setting
 
@@ -65,6 +66,8 @@ class Aggregator:
             self.rule.requires(alive, max(self.rule.f - lost, 0))
         except ValueError:
             return None
+        if isinstance(self.rule, UserRule):  # it sees whole rows, so there is nothing to plan: `step` calls it
+            return Plan(alive + lost, ())
         return self.rule.plan(joined, rng=self.seeds.rng(Stream.SHUFFLE, 1, round))
 
     def step(self, round: int, plan: Plan | None) -> F32:
@@ -74,8 +77,12 @@ class Aggregator:
         if plan is None:
             self.skipped += 1
             return self.model
-        self.rejected += len(plan.rejected)
-        aggregate: F32 = plan.apply(stack, torch.from_numpy(self.reference)).numpy()
+        if isinstance(self.rule, UserRule):
+            vector, _, rejected = self.rule.aggregate(stack)
+        else:
+            vector, rejected = plan.apply(stack, torch.from_numpy(self.reference)), plan.rejected
+        self.rejected += len(rejected)
+        aggregate: F32 = vector.numpy()
         self.reference = aggregate
         if self.setting.momentum_at == "server":
             beta = np.float32(self.setting.momentum)

@@ -76,7 +76,7 @@ class Training(Config):
     peer_rule: str = "clip_2b"
     """How a peer mixes its neighbours' models: clip_2b, clipped_gossip, nna, monna, bridge, rpel, ios or gossip."""
 
-    block: int = Field(8, ge=1)
+    block: int = Field(16, ge=1)
     """Workers stepped together in one batched pass. A block never spans two hosts, so the layout cannot change a number."""
 
     @model_validator(mode="after")

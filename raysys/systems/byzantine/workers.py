@@ -106,7 +106,7 @@ class Adversaries:
     """All Byzantine workers of a run: omniscient, colluding, simulated (they see what the threat model lets them see)."""
 
     def __init__(
-        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, attack: Attack, rule: Rule | None
+        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, attack: Attack, rule: Rule
     ) -> None:
         self.setting, self.seeds, self.nodes, self.attack, self.rule = setting, seeds, nodes, attack, rule
         self.own = Workers(problem, setting, seeds, nodes)
@@ -117,8 +117,13 @@ class Adversaries:
         ids, own = self.own.train(round)
         if not len(ids):
             return ids, own
+        n = len(honest) + len(ids)
+        try:
+            self.rule.requires(n, self.rule.f)
+        except ValueError:
+            return ids, own  # too few arrived: the server will not aggregate, so there is nothing to attack
         threat = Threat(
-            n=len(honest) + len(ids),
+            n=n,
             f=len(ids),
             round=round,
             rule=self.rule,

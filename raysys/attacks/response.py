@@ -153,9 +153,14 @@ def _number(value: float) -> float:
     return -np.inf if np.isnan(value) else value
 
 
-def line_search(score: Callable[[float], Any], grid: Sequence[float], steps: int) -> float:
-    """The best factor of an ascending positive grid, then of `steps` golden sections of the log between its neighbours."""
-    values = [score(t) for t in grid]
+def line_search(
+    score: Callable[[float], Any], grid: Sequence[float], steps: int, values: Sequence[Any] | None = None
+) -> float:
+    """The best factor of an ascending positive grid, then of `steps` golden sections of the log between its neighbours.
+
+    values: the scores of the grid where they are known already.
+    """
+    values = [score(t) for t in grid] if values is None else values
     k = max(range(len(grid)), key=lambda i: values[i])
     best, top = grid[k], values[k]
     if not steps:
@@ -191,8 +196,7 @@ class OptAlie(Attack):
         response = Response(honest, honest.std(0, correction=0)[None], threat, self.name)
         deviation = np.zeros(len(response.mean))
         deviation[-1] = -1.0
-        z = line_search(lambda t: response(response.mean + t * deviation)[0], self.GRID, self.refine)
-        return response.combine(response.mean + z * deviation)
+        return response.combine(response.mean + _farthest(response, response.mean, deviation, self) * deviation)
 
 
 class OptIpm(Attack):
@@ -206,8 +210,14 @@ class OptIpm(Attack):
 
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
         response = Response(honest, honest[:0], threat, self.name)
-        epsilon = line_search(lambda t: response(-t * response.mean)[0], self.GRID, self.refine)
-        return response.combine(-epsilon * response.mean)
+        zero = np.zeros(len(response.mean))
+        return response.combine(-_farthest(response, zero, -response.mean, self) * response.mean)
+
+
+def _farthest(response: Response, origin: F64, direction: F64, attack: OptAlie | OptIpm) -> float:
+    """The t > 0 for which origin + t direction moves the rule farthest from mu."""
+    values = [squared for squared, _ in response.many([origin + t * direction for t in attack.GRID])]
+    return line_search(lambda t: response(origin + t * direction)[0], attack.GRID, attack.refine, values)
 
 
 class BestResponse(Attack):
@@ -252,12 +262,12 @@ class BestResponse(Attack):
         start = 0
         for grid, p in lines:
             if self.refine and start <= best < start + len(grid):
-                known = dict(zip(grid, scores[start : start + len(grid)], strict=True))
+                values = scores[start : start + len(grid)]
 
-                def score(t: float, known: dict[float, Badness] = known, p: F64 = p) -> Badness:
-                    return known[t] if t in known else _badness(criterion, response(response.mean + t * p))
+                def score(t: float, p: F64 = p) -> Badness:
+                    return _badness(criterion, response(response.mean + t * p))
 
-                return response.combine(response.mean + line_search(score, grid, self.refine) * p)
+                return response.combine(response.mean + line_search(score, grid, self.refine, values) * p)
             start += len(grid)
         return response.combine(family[best])
 

@@ -94,6 +94,10 @@ class Aggregator:
         self.model = self.model - np.float32(self.setting.step_size(round)) * aggregate
         return self.model
 
+    def outcomes(self) -> dict[str, int]:
+        """Rounds without an update because too few messages arrived, and rows rejected as non-finite."""
+        return {"skipped": self.skipped, "rejected": self.rejected}
+
     def state_dict(self) -> State:
         return {
             "model": self.model,

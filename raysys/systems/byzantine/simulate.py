@@ -36,6 +36,10 @@ class Simulation:
         parts = [client.statistics(t) for client in self.clients]
         return evaluate_server(self.task, self.server.model, parts)
 
+    def outcomes(self) -> dict[str, int]:
+        """Rounds skipped and rows rejected."""
+        return self.server.outcomes()
+
     @property
     def model(self) -> np.ndarray:
         """The server's parameters (d,)."""
@@ -66,6 +70,10 @@ class PeerSimulation:
     def evaluate(self, t: int) -> dict[str, float]:
         parts: list[State] = [peer.statistics(t) for peer in self.peers]
         return evaluate_peers(self.task, parts)
+
+    def outcomes(self) -> dict[str, int]:
+        """Exchanges that peers left out because too few neighbours sent."""
+        return {"skipped": sum(peer.skipped for peer in self.peers)}
 
     @property
     def model(self) -> np.ndarray:

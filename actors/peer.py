@@ -32,6 +32,9 @@ class PeerBlock(Protocol):
     def statistics(self, round: int) -> State:
         """What the evaluation needs."""
 
+    def outcomes(self) -> dict[str, int]:
+        """Counts of the algorithm: exchanges skipped."""
+
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
@@ -71,6 +74,11 @@ class Peer(Host[PeerBlock]):
     def statistics(self, round: int) -> list[State]:
         """One entry per block."""
         return [block.statistics(round) for block in self.blocks.values()]
+
+    def outcomes(self) -> dict[str, int]:
+        """What the algorithm itself counted on this host."""
+        each = [block.outcomes() for block in self.blocks.values()]
+        return {key: sum(o[key] for o in each) for key in each[0]}
 
     def evaluate(self, *parts: list[State]) -> Mapping[str, float]:
         """Measure from the statistics of all hosts."""

@@ -29,6 +29,9 @@ class ServerBlock(Protocol):
     def step(self, round: int, plan: Any) -> F32:
         """Do it to these columns; the new model (d_s,)."""
 
+    def outcomes(self) -> dict[str, int]:
+        """Counts of the algorithm: rounds skipped, rows rejected."""
+
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
@@ -74,6 +77,10 @@ class Server(Host[ServerBlock]):
     def step(self, round: int, plan: Any) -> F32:
         """Move this shard's columns; the new model (d_s,)."""
         return self.block.step(round, plan)
+
+    def outcomes(self) -> dict[str, int]:
+        """What the algorithm itself counted; every shard counts the same."""
+        return self.block.outcomes()
 
     def evaluate(self, shards: int, *parts: Any) -> Mapping[str, float]:
         """Measure the model whose `shards` column parts come first, with the hosts' statistics that follow."""

@@ -173,7 +173,7 @@ def with_server(task: Task, loop: Loop, session: Session, shards: int) -> Outcom
         if rounds.due(t):
             rounds.log(t, server.evaluate(model, clients.statistics(t)))
     final = np.concatenate([state["model"] for _, state in server.snapshot()])
-    counts = add(server.counters(), clients.counters())
+    counts = add(server.counters(), clients.counters()) | server.each("outcomes")[0]
     for group in (clients, adversaries, server):
         group.stop()
     return final, counts
@@ -196,7 +196,7 @@ def peer_to_peer(task: Task, loop: Loop, session: Session) -> Outcome:
         if rounds.due(t):
             rounds.log(t, peers.evaluate(peers.statistics(t)))
     each = np.concatenate([state["model"] for _, state in peers.snapshot()])
-    counts = peers.counters()
+    counts = peers.counters() | add(*peers.each("outcomes"))
     for group in (peers, adversaries):
         group.stop()
     return each.astype(np.float64).mean(0).astype(np.float32), counts
@@ -210,7 +210,7 @@ def in_process(task: Task, loop: Loop) -> Outcome:
         simulated.step(t)
         if rounds.due(t):
             rounds.log(t, simulated.evaluate(t))
-    return simulated.model, {"messages": 0, "bytes": 0}
+    return simulated.model, {"messages": 0, "bytes": 0} | simulated.outcomes()
 
 
 def add(*counts: Mapping[str, int]) -> dict[str, int]:

@@ -23,7 +23,7 @@ install: .venv/.installed  ## create .venv with the exact versions of constraint
 	@touch $@
 
 demo: .venv/.installed  ## 20 workers, 4 malicious: every rule against every attack, on real images
-	$(BIN)/python -m jobs.byzantine matrix
+	$(BIN)/python -m jobs.byzantine demo
 
 test: .venv/.installed  ## all tests
 	$(BIN)/python -m pytest

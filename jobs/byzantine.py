@@ -218,6 +218,9 @@ def add(*counts: Mapping[str, int]) -> dict[str, int]:
     return {key: sum(c[key] for c in counts) for key in counts[0]}
 
 
+TOUR = ["mean", "trimmed_mean", "geometric_median", "krum", "nnm+trimmed_mean", "caf"]
+
+
 class DemoConfig(TrainConfig):
     """The tour: train over Ray actors under the worst attack, then every rule against every attack on two divisions."""
 
@@ -229,7 +232,7 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
     """Both halves in one run folder and one report."""
     train(config, run, session)
     shared = {name: getattr(config, name) for name in config.model_fields_set & set(MatrixConfig.model_fields)}
-    matrix(MatrixConfig.of({**shared, "rounds": config.rounds}), run, session)
+    matrix(MatrixConfig.of({**shared, "rounds": config.rounds, "rules": TOUR}), run, session)
 
 
 def main() -> None:

@@ -155,6 +155,22 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, result in run_stages(run, units, "theory").items():
         tables.setdefault(name.partition("/")[0], []).extend(result["rows"])
+    lines: dict[int, dict[str, Any]] = {}
+    for row in tables["floors"]:
+        if row["rule"] == "trimmed_mean":
+            cell = (
+                f"{row['measured']:.4f} / {row['lower_bound']:.4f}" if np.isfinite(row["lower_bound"]) else "unbounded"
+            )
+            lines.setdefault(row["f"], {"f": row["f"]})[f"B={row['B']:g}"] = cell
+    run.grid(f"Floor of |grad L_H|^2, measured / exact, trimmed mean, n = {n}, G = 1", list(lines.values()))
+    shown = [
+        {k: v if isinstance(v, str) else round(v, 4) for k, v in r.items() if v is not None} for r in tables["momentum"]
+    ]
+    run.grid("Local momentum: measured floor and its bound", shown)
+    run.grid(
+        "Gossip on two cliques",
+        [{k: v if isinstance(v, str) else f"{v:.3g}" for k, v in r.items()} for r in tables["gossip"]],
+    )
     for name, rows in tables.items():
         for row in rows:
             compared = {

@@ -16,6 +16,7 @@ class NoAttack(Attack):
     """The Byzantine nodes behave: they send their own honest vectors, or repeat honest rows when those are not given."""
 
     name = "none"
+    uses_own = True
 
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
         if threat.own is not None:
@@ -30,6 +31,10 @@ class SignFlip(Attack):
 
     def __init__(self, scale: float = 1.0, own: bool = False) -> None:
         self.scale, self.own = scale, own
+
+    @property
+    def uses_own(self) -> bool:
+        return self.own
 
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
         if not self.own:

@@ -71,6 +71,11 @@ class Attack(ABC):
     name: ClassVar[str]
     data_level: ClassVar[bool] = False
 
+    @property
+    def uses_own(self) -> bool:
+        """Whether `threat.own` is looked at; a caller may save the Byzantine nodes' own gradients where it is not."""
+        return self.data_level
+
     @abstractmethod
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
         """(f, d), or (d,) when all Byzantine nodes send the same, from the finite honest rows (h, d), f > 0, h > 0."""
@@ -125,6 +130,7 @@ class CustomAttack(Attack):
     """A user's own function (honest (h, d), threat) -> (f, d) or (d,)."""
 
     name = "custom"
+    uses_own = True
 
     def __init__(self, function: Callable[[Tensor, Threat], Tensor], label: str) -> None:
         self.label = label

@@ -49,8 +49,8 @@ class Workers:
 
     def train(self, round: int) -> tuple[I64, F32]:
         """Ids (k',) and messages (k', d) of the block's participants: momenta of (pseudo-)gradients."""
-        here = np.flatnonzero(participants(self.setting, self.seeds, round)[self.nodes])
-        nodes = self.nodes[here]
+        nodes = self.present(round)
+        here = np.searchsorted(self.nodes, nodes)
         if not len(nodes):
             return nodes, np.empty((0, self.problem.dimension), np.float32)
         gradient = self._pseudo_gradient(nodes, round)
@@ -62,6 +62,10 @@ class Workers:
         self.momentum[here] = beta * old + (np.float32(1) - beta) * gradient
         self.started[here] = True
         return nodes, self.momentum[here]
+
+    def present(self, round: int) -> I64:
+        """Ids (k',) of the block's nodes that take part in a round."""
+        return self.nodes[participants(self.setting, self.seeds, round)[self.nodes]]
 
     def _pseudo_gradient(self, nodes: I64, round: int) -> F32:
         theta = torch.from_numpy(self.model)
@@ -114,21 +118,20 @@ class Adversaries:
 
     def corrupt(self, round: int, honest: F32) -> tuple[I64, F32]:
         """Ids (f',) and messages (f', d) of this round's Byzantine participants, after seeing the honest rows (h', d)."""
-        ids, own = self.own.train(round)
-        if not len(ids):
-            return ids, own
+        ids, own = self.own.train(round) if self.attack.uses_own else (self.own.present(round), None)
         n = len(honest) + len(ids)
         try:
             self.rule.requires(n, self.rule.f)
         except ValueError:
-            return ids, own  # too few arrived: the server will not aggregate, so there is nothing to attack
+            # Too few arrived: the server will not aggregate, so there is nothing to attack.
+            return ids, np.zeros((len(ids), honest.shape[1]), np.float32) if own is None else own
         threat = Threat(
             n=n,
             f=len(ids),
             round=round,
             rule=self.rule,
             reference=None if self.reference is None else torch.from_numpy(self.reference),
-            own=torch.from_numpy(own),
+            own=None if own is None else torch.from_numpy(own),
             rng=self.seeds.rng(Stream.ATTACK, 0, round),
         )
         return ids, self.attack.craft(torch.from_numpy(honest), threat).numpy()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SLAB = 64 * BLOCK
 
 
-def survey(stack: torch.Tensor, reference: torch.Tensor | None, *, products: bool) -> Survey:
+def survey(stack: torch.Tensor, reference: torch.Tensor | None, *, products: bool | str) -> Survey:
     from raysys.aggregation.gram import Survey
 
     n, d = stack.shape
@@ -113,7 +113,7 @@ def mix(stack: torch.Tensor, matrix: NDArray[np.float64], base: int, reference: 
     out = torch.empty((len(matrix), d), dtype=stack.dtype, device=stack.device)
     for start in range(0, d, _SLAB):
         piece = slice(start, start + _SLAB)
-        anchor = stack[base, piece].double()
+        anchor = stack[base, piece].double() if base >= 0 else torch.zeros_like(stack[0, piece], dtype=torch.float64)
         value = total[:, None] * anchor + left @ (stack[rows, piece].double() - anchor)
         if reference is not None:
             value += bias[:, None] * (reference[piece].double() - anchor)

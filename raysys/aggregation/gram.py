@@ -95,11 +95,12 @@ class Survey:
         return step if self.transform is None else step @ self.transform
 
 
-def survey(stack: torch.Tensor, reference: torch.Tensor | None = None, *, products: bool = True) -> Survey:
+def survey(stack: torch.Tensor, reference: torch.Tensor | None = None, *, products: bool | str = True) -> Survey:
     """Survey a stack, or a shard of its columns.
 
     stack: (n, d) tensor, float16, bfloat16, float32 or float64, on any device; never written to. reference: (d,) or None.
-    products: False if only finiteness matters (coordinate-wise rules).
+    products: the rule's `least`: True; False if only finiteness matters (coordinate-wise rules); 'norms' if only
+    norms and distances to the reference do (then inner products between rows are left at zero).
     Raises ValueError for other shapes or types.
     """
     if stack.ndim != 2 or stack.shape[0] == 0:
@@ -121,10 +122,14 @@ def survey(stack: torch.Tensor, reference: torch.Tensor | None = None, *, produc
         last = min(blocks, first + _SLAB)
         piece = slice(first * BLOCK, min(d, last * BLOCK))
         x = block(stack[:, piece])
-        if grams is None:
+        ref = vector(None if reference is None else reference[piece], x)
+        if products == "norms":
+            assert grams is not None
+            kernels.block_norms(x.flat, x.stride, n, x.d, ref, grams[first:last])
+        elif grams is None:
             finite &= row_tops(x, 0, x.d) < float_bits(x.flat.dtype).infinity
         else:
-            finite &= _products(x, vector(None if reference is None else reference[piece], x), grams[first:last])
+            finite &= _products(x, ref, grams[first:last])
     if grams is not None:
         # A finite row whose square overflows float64 (beyond 1e154) has no usable distances: it counts as not finite.
         finite &= np.isfinite(np.einsum("bii->bi", grams)[:, :n]).all(0)

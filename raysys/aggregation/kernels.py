@@ -164,6 +164,35 @@ def block_grams(flat, stride, n, d, centre, reference, finite, mask, shift, bias
                 gram[j, i] = gram[i, j]
 
 
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def block_norms(flat, stride, n, d, reference, grams):  # type: ignore[no-untyped-def]
+    """The part of `block_grams` that norms and distances to the reference need, uncentred, with float64 products.
+
+    grams (blocks, n + 1, n + 1), or (blocks, n + 2, n + 2) with a reference (d,): |x_i|^2, and <x_i, r>, |r|^2.
+    """
+    m = grams.shape[1]
+    for b in range(grams.shape[0]):
+        start, stop = b * BLOCK, min(d, (b + 1) * BLOCK)
+        for i in range(n):
+            row = flat[i * stride + start : i * stride + stop]
+            total = 0.0
+            for k in range(row.size):
+                total += np.float64(row[k]) * np.float64(row[k])
+            grams[b, i, i] = total
+            if m == n + 2:
+                ref = reference[start:stop]
+                total = 0.0
+                for k in range(row.size):
+                    total += np.float64(row[k]) * np.float64(ref[k])
+                grams[b, i, n + 1] = grams[b, n + 1, i] = total
+        if m == n + 2:
+            ref = reference[start:stop]
+            total = 0.0
+            for k in range(ref.size):
+                total += np.float64(ref[k]) * np.float64(ref[k])
+            grams[b, n + 1, n + 1] = total
+
+
 @njit(cache=True, nogil=True)
 def combine(flat, stride, d, rows, weights, reference, bias, out):  # type: ignore[no-untyped-def]
     """out <- sum_i weights[i] * x[rows[i]] + bias * reference, in float64, for float32 rows.
@@ -286,17 +315,18 @@ def row_norms(flat, stride, d, norms):  # type: ignore[no-untyped-def]
 def mix(flat, stride, n, d, matrix, totals, base, reference, bias, out):  # type: ignore[no-untyped-def]
     """out[i] <- totals[i] * x[base] + sum_j matrix[i, j] * (x[j] - x[base]) + bias[i] * (reference - x[base]).
 
-    matrix (k, n), totals (k,), bias (k,), out (k * d) flat; zero entries of the matrix cost nothing. Runs of four
-    coefficients are summed pairwise.
+    base may be -1 for mixing around zero. matrix (k, n), totals (k,), bias (k,), out (k * d) flat. Zero entries of the
+    matrix cost nothing. Runs of four coefficients are summed pairwise.
     """
     tile = TILE // 2
     y = np.empty((n, tile), flat.dtype)
     kind = flat.dtype.type
+    nothing = np.zeros(tile, flat.dtype)
     used = np.empty(n, np.int64)
     w = np.empty(n + 4, flat.dtype)
     for start in range(0, d, tile):
         width = min(tile, d - start)
-        anchor = flat[base * stride + start : base * stride + start + width]
+        anchor = nothing[:width] if base < 0 else flat[base * stride + start : base * stride + start + width]
         for j in range(n):
             row = flat[j * stride + start : j * stride + start + width]
             target = y[j]

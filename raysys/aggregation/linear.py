@@ -138,6 +138,7 @@ class CenteredClipping(Rule):
         if iterations < 1:
             raise ValueError(f"centered clipping needs iterations >= 1, got iterations={iterations}")
         self.radius, self.iterations = radius, iterations
+        self.sees = "norms" if iterations == 1 else None
 
     def breakdown(self, n: int) -> int:
         """n/10: the fraction of the 2021 theorem."""

@@ -22,6 +22,8 @@ class Pipeline(Rule):
         self.before, self.rule = tuple(before), rule
         self.name = "+".join([p.name for p in before] + [rule.name])  # type: ignore[misc]
         self.weighted = rule.weighted and all(p.weighted for p in before)  # type: ignore[misc]
+        if all(p.sees == "norms" for p in before) and rule.least is not True:
+            self.sees = "norms"
         super().__init__(before[0].n, before[0].f)
 
     def requires(self, n: int, f: int) -> None:

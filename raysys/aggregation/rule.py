@@ -78,7 +78,8 @@ class Plan:
     matrix: F64 | None = None
     """(n', n + 2) map that makes the rows a coordinate-wise rule works on out of [stack; origin; reference]."""
     base: int = 0
-    """Row around which mixing is done: a row amid the others, so that equal rows mix to themselves exactly."""
+    """Row around which mixing is done: a row amid the others, so that equal rows mix to themselves exactly; -1 for zero,
+    if rows are only scaled."""
 
     def apply(self, stack: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
         """The output (d,) for these columns of the stack (n, d); any slice of the columns gives that slice of the output."""
@@ -113,6 +114,8 @@ class Rule:
     name: ClassVar[str]
     needs_products: ClassVar[bool] = True
     """Does the plan need inner products, or only which rows are finite?"""
+    sees: str | None = None
+    """'norms' if norms and distances to the reference are all that the plan looks at."""
     weighted: ClassVar[bool] = False
     """Has the rule a form for rows of unequal weight?"""
 
@@ -124,6 +127,11 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"{self.name}(n={self.n}, f={self.f})"
+
+    @property
+    def least(self) -> bool | str:
+        """The cheapest survey the rule can be planned on; a fuller one gives the same plan up to rounding."""
+        return self.needs_products if self.sees is None else self.sees
 
     def requires(self, n: int, f: int) -> None:
         """Raises ValueError if the rule is not defined for n rows of which f are faulty."""
@@ -186,7 +194,13 @@ class Rule:
         wide[:, kept] = matrix[:, : len(kept)]
         if survey.has_reference:
             wide[:, n + 1] = matrix[:, len(kept) + 1]
-        return Plan(n, rejected, coordinate=decision, matrix=wide, base=int(kept[medoid(view)]))
+        return Plan(
+            n,
+            rejected,
+            coordinate=decision,
+            matrix=wide,
+            base=int(kept[medoid(view)]) if self.needs_products is True else -1,
+        )
 
     def compose(self, view: View) -> tuple[Decision, F64 | None]:
         """The decision, and the matrix (n' + anchors, m) of pre-aggregation it applies to or None for none."""
@@ -220,7 +234,7 @@ class Rule:
             vector, finite = plan.apply_checked(tensor)
             if finite and (plan.weights is None or isfinite(vector.sum().item())):
                 return Aggregation(back(vector), plan.weights, ())
-        plan = self.plan(survey(tensor, ref, products=self.needs_products), weights=weights, rng=rng)
+        plan = self.plan(survey(tensor, ref, products=self.least), weights=weights, rng=rng)
         return Aggregation(back(plan.apply(tensor, ref)), plan.weights, plan.rejected)
 
     def __call__(

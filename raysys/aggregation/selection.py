@@ -58,6 +58,7 @@ class Cge(Rule):
     """Comparative gradient elimination: the mean of the n - f rows of least norm. Not translation-equivariant, no kappa."""
 
     name = "cge"
+    sees = "norms"
 
     def breakdown(self, n: int) -> int:
         """Below n/3 (spec 2.5, recalled)."""

@@ -199,7 +199,7 @@ class Rule:
             rejected,
             coordinate=decision,
             matrix=wide,
-            base=int(kept[medoid(view)]) if self.needs_products is True else -1,
+            base=int(kept[medoid(view)]) if self.least is True else -1,
         )
 
     def compose(self, view: View) -> tuple[Decision, F64 | None]:

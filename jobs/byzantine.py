@@ -59,6 +59,10 @@ class TrainConfig(ClusterJob, Setting):
             raise ValueError(f"shards: got {self.shards}; the rule {self.rule} sees whole vectors and cannot be cut")
         return self
 
+    @property
+    def distributed(self) -> bool:
+        return self.execution == "actors"
+
     def check(self) -> None:
         check_data(self)
 
@@ -101,6 +105,24 @@ def train(config: TrainConfig, run: Run, session: Session) -> None:
             values = [r[metric] for r in each if r.get(metric) is not None]
             if values:
                 run.row(metric, mean_ci(values), arm=name)
+    lines = []
+    for name, each in results.items():
+        line: dict[str, Any] = {"arm": name}
+        for metric, unit, digits in (
+            ("accuracy", 100, 1),
+            ("worst_accuracy", 100, 1),
+            ("excess_loss", 1, 4),
+            ("floor", 1, 4),
+            ("predicted_floor", 1, 4),
+        ):
+            values = [unit * r[metric] for r in each if r.get(metric) is not None]
+            if values:
+                line[metric + (" (%)" if unit == 100 else "")] = f"{mean_ci(values).mean:.{digits}f}"
+        lines.append(line)
+    where = "Ray actors" if config.execution == "actors" else "this process"
+    run.grid(
+        f"Training under {config.attack} over {where}, {config.rounds} rounds, mean of {config.seeds} seeds", lines
+    )
     run.figure("curves", figures.training_curves({name: [r["curve"] for r in each] for name, each in results.items()}))
     if config.problem != "quadratic":
         task = Task(arms["robust"][1], config.seed)

@@ -19,7 +19,7 @@ from raysys.aggregation.audit import kappa_search
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
-from raysys.runtime.space import parse_space
+from raysys.runtime.space import check_space, parse_space
 from raysys.runtime.statistics import Interval
 from raysys.systems.byzantine import claims, figures, floors, gossip
 from raysys.systems.byzantine.setting import Setting, Training, named
@@ -322,7 +322,9 @@ class SweepConfig(ClusterJob, Setting):
 
     def check(self) -> None:
         check_data(self)
-        for field in parse_space(self.space):
+        space = parse_space(self.space)
+        check_space(space, self.search, self.samples, "asha" if self.asha else None, self.rounds)
+        for field in space:
             if field not in Setting.model_fields:
                 raise ValueError(
                     f"space: got {field!r}; allowed are the fields of a training run, such as lr, momentum or rule"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,11 @@ class ClusterJob(JobConfig):
 
     free_on_resume: ClassVar[frozenset[str]] = JobConfig.free_on_resume | {"cluster"}
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def distributed(self) -> bool:
+        """Whether Ray is needed at all."""
+        return True
 
     def check(self) -> None:
         """Look at what the fields point to (data, models) before anything is started or written.
@@ -44,7 +50,8 @@ def start(system: str, commands: Commands, default: str, description: str) -> No
         config.check()
     except ValueError as error:
         raise UserError(str(error)) from error
-    with Session(config.cluster) as session, Run.open(config, system=system, command=name) as run:
+    session = Session(config.cluster)
+    with session if config.distributed else nullcontext(), Run.open(config, system=system, command=name) as run:
         commands[name][1](config, run, session)
 
 

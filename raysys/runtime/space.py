@@ -53,6 +53,19 @@ def parse_space(items: Sequence[str]) -> dict[str, Choice | Range]:
     return space
 
 
+def check_space(space: Space, search: str, samples: int, scheduler: str | None, steps: int) -> None:
+    """UserError if a sweep of this kind cannot be made over this space."""
+    if not space:
+        raise UserError("space: got nothing; expected at least one field=values")
+    if samples < 1:
+        raise UserError(f"samples: got {samples}; expected a whole number of at least 1")
+    for name, domain in space.items():
+        if search == "grid" and isinstance(domain, Range):
+            raise UserError(f"space: got a range for {name}; a grid search needs values, as in {name}=0.1,0.2")
+    if scheduler == "asha" and steps < 2:
+        raise UserError(f"scheduler: got asha with {steps} step; it needs trials that report at 2 steps or more")
+
+
 def _value(word: str) -> Any:
     try:
         return float(word) if re.fullmatch(r"[-+]?\d*\.?\d+[eE][-+]?\d+", word) else yaml.safe_load(word)

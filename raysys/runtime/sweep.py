@@ -21,7 +21,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from raysys.runtime.progress import Progress
 from raysys.runtime.sentences import UserError
-from raysys.runtime.space import Choice, Range, Space
+from raysys.runtime.space import Choice, Range, Space, check_space
 from raysys.runtime.storage import Storage
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def sweep(
     of repetitions of the grid.
     """
     _quiet()
-    _check(space, search, samples, scheduler, steps)
+    check_space(space, search, samples, scheduler, steps)
     worst = -math.inf if mode == "max" else math.inf
 
     def run_trial(values: dict[str, Any]) -> None:
@@ -162,18 +162,6 @@ _TUNE_OWN = frozenset(
         "training_iteration", "trial_id",
     }
 )  # fmt: skip
-
-
-def _check(space: Space, search: str, samples: int, scheduler: str | None, steps: int) -> None:
-    if not space:
-        raise UserError("space: got nothing; expected at least one field=values")
-    if samples < 1:
-        raise UserError(f"samples: got {samples}; expected a whole number of at least 1")
-    for name, domain in space.items():
-        if search == "grid" and isinstance(domain, Range):
-            raise UserError(f"space: got a range for {name}; a grid search needs values, as in {name}=0.1,0.2")
-    if scheduler == "asha" and steps < 2:
-        raise UserError(f"scheduler: got asha with {steps} step; it needs trials that report at 2 steps or more")
 
 
 def _domains(space: Space, search: str) -> dict[str, Any]:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raysys.aggregation import compiled, device, kernels, networks
+from raysys.aggregation import columnwise, compiled, device, kernels, networks
 
 F64 = NDArray[np.float64]
 
 KINDS = {
-    "median": kernels.MEDIAN,
-    "trimmed": kernels.TRIMMED,
-    "near_median": kernels.NEAR_MEDIAN,
-    "near_trimmed": kernels.NEAR_TRIMMED,
+    "median": columnwise.MEDIAN,
+    "trimmed": columnwise.TRIMMED,
+    "near_median": columnwise.NEAR_MEDIAN,
+    "near_trimmed": columnwise.NEAR_TRIMMED,
 }
 
 _SLAB = 65536
@@ -122,7 +122,7 @@ def coordinate_into(x: Block, rows: NDArray[np.intp], rule: Coordinatewise, out:
 
 
 def _plain(x: Block, rows: NDArray[np.intp], rule: Coordinatewise, pairs: NDArray, out: NDArray) -> None:
-    kernels.coordinate(x.flat, x.stride, x.d, rows, pairs, KINDS[rule.kind], rule.f, rule.keep, out)
+    columnwise.coordinate(x.flat, x.stride, x.d, rows, pairs, KINDS[rule.kind], rule.f, rule.keep, out)
 
 
 def _sorted_into(x: Block, rows: NDArray[np.intp], rule: Coordinatewise, out: NDArray) -> None:
@@ -168,7 +168,7 @@ def _coordinate_part(x: Block, rule: Coordinatewise, rows: NDArray[np.intp], out
         return coordinate_into(x, rows, rule, out)
     pairs = _pairs(len(rows), "sort", 0)
     median = rule.kind == "median"
-    kernels.weighted_coordinate(x.flat, x.stride, x.d, rows, rule.weights, pairs, median, rule.mass, out)
+    columnwise.weighted_coordinate(x.flat, x.stride, x.d, rows, rule.weights, pairs, median, rule.mass, out)
     return all_finite(x)
 
 
@@ -188,11 +188,11 @@ def combine(
 
     def part(x: Block, r: NDArray, out: NDArray) -> None:
         if x.flat.dtype == np.float32 and bias == 0.0 and len(used) and (used == used[0]).all():
-            kernels.average(x.flat, x.stride, x.d, rows, used[0], out)
+            columnwise.average(x.flat, x.stride, x.d, rows, used[0], out)
         elif x.flat.dtype == np.float32:
-            kernels.combine(x.flat, x.stride, x.d, rows, used, r, bias, out)
+            columnwise.combine(x.flat, x.stride, x.d, rows, used, r, bias, out)
         else:
-            kernels.combine_around(x.flat, x.stride, x.d, rows, used, r, bias, base, total, out)
+            columnwise.combine_around(x.flat, x.stride, x.d, rows, used, r, bias, base, total, out)
 
     return _by_slab(stack, part, ref, into)
 
@@ -234,7 +234,7 @@ def _mix_into(x: Block, matrix: F64, base: int, reference: NDArray, out: NDArray
     bias = np.ascontiguousarray(matrix[:, n + 1])
     totals = matrix[:, :n].sum(1) + bias
     totals[np.abs(totals - 1.0) < 1e-12] = 1.0
-    kernels.mix(x.flat, x.stride, n, x.d, np.ascontiguousarray(matrix[:, :n]), totals, base, reference, bias, out)
+    columnwise.mix(x.flat, x.stride, n, x.d, np.ascontiguousarray(matrix[:, :n]), totals, base, reference, bias, out)
 
 
 def norms(stack: torch.Tensor) -> F64:

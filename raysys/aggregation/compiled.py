@@ -7,7 +7,7 @@ Notable choices
   runs at one to four times the time of reading the stack, and takes 0.02 s (n = 20) to 0.5 s (n = 100) to compile, so
   nothing is cached on disk: a network is compiled when a process has pushed enough columns through the plain kernel.
 - The comparators are reordered so that values stay in registers (`networks.schedule`); the order of a dataflow graph does
-  not change what it computes, and sums are taken in the plain kernel's order, so the bits are those of `kernels.coordinate`.
+  not change what it computes, and sums are taken in the plain kernel's order, so the bits are those of `columnwise.coordinate`.
 - The largest magnitude met is returned, which tells whether all input was finite without a pass of its own.
 """
 
@@ -144,7 +144,7 @@ def _emit(n: int, kind: str, f: int, keep: int, dtype: np.dtype) -> str:
 
 
 def _reduce(b: Any, vector: Any, x: list[Any], kind: str, f: int, keep: int) -> Any:
-    """The output from the ordered values; the operations of `kernels.coordinate`, in its order."""
+    """The output from the ordered values; the operations of `columnwise.coordinate`, in its order."""
 
     def splat(value: Any) -> Any:
         return ir.Constant(vector, [float(value)] * vector.count)

@@ -7,7 +7,7 @@ import pytest
 
 from raysys.aggregation import compiled
 from raysys.aggregation.columns import KINDS, Block, _pairs, float_bits
-from raysys.aggregation.kernels import coordinate
+from raysys.aggregation.columnwise import coordinate
 from raysys.aggregation.networks import batcher, median_network, schedule
 
 

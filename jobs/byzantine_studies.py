@@ -112,7 +112,7 @@ def matrix(config: MatrixConfig, run: Run, session: Session) -> None:
             )
         run.grid(f"Test accuracy (%) after {config.rounds} rounds, {partition}, mean of {config.seeds} seeds", table)
         heat = [r for r in rows if r["partition"] == partition]
-        run.figure(f"matrix-{partition}", figures.matrix_heat_map(heat, title=f"{config.data}, {partition}"))
+        run.figure("matrix-" + partition.replace("(", "-").rstrip(")"), figures.matrix_heat_map(heat, title=f"{config.data}, {partition}"))
     if config.seeds > 1:
         for claim in claims.matrix_claims(cells):
             run.claim(**claim)

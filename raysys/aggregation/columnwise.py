@@ -62,15 +62,18 @@ def combine(flat, stride, d, rows, weights, reference, bias, out):  # type: igno
 
 @njit(cache=True, nogil=True)
 def average(flat, stride, d, rows, weight, out):  # type: ignore[no-untyped-def]
-    """out <- weight * sum_i x[rows[i]], in float64, for float32 rows: `combine` for equal weights, at the speed of memory."""
-    tile = 2 * TILE
+    """out <- weight * sum_i x[rows[i]], in float64, for float32 rows: `combine` for equal weights, at the speed of memory.
+
+    Ten rows at a time and long tiles, because the loop waits for memory and for nothing else.
+    """
+    tile = 8 * TILE
     acc = np.empty(tile, np.float64)
     for start in range(0, d, tile):
         width = min(tile, d - start)
         for k in range(width):
             acc[k] = 0.0
         i = 0
-        while i + 8 <= rows.size:
+        while i + 10 <= rows.size:
             x0 = flat[rows[i + 0] * stride + start : rows[i + 0] * stride + start + width]
             x1 = flat[rows[i + 1] * stride + start : rows[i + 1] * stride + start + width]
             x2 = flat[rows[i + 2] * stride + start : rows[i + 2] * stride + start + width]
@@ -79,10 +82,11 @@ def average(flat, stride, d, rows, weight, out):  # type: ignore[no-untyped-def]
             x5 = flat[rows[i + 5] * stride + start : rows[i + 5] * stride + start + width]
             x6 = flat[rows[i + 6] * stride + start : rows[i + 6] * stride + start + width]
             x7 = flat[rows[i + 7] * stride + start : rows[i + 7] * stride + start + width]
+            x8 = flat[rows[i + 8] * stride + start : rows[i + 8] * stride + start + width]
+            x9 = flat[rows[i + 9] * stride + start : rows[i + 9] * stride + start + width]
             for k in range(width):
-                acc[k] = (
-                    acc[k]
-                    + np.float64(x0[k])
+                acc[k] = acc[k] + (
+                    np.float64(x0[k])
                     + np.float64(x1[k])
                     + np.float64(x2[k])
                     + np.float64(x3[k])
@@ -90,8 +94,10 @@ def average(flat, stride, d, rows, weight, out):  # type: ignore[no-untyped-def]
                     + np.float64(x5[k])
                     + np.float64(x6[k])
                     + np.float64(x7[k])
+                    + np.float64(x8[k])
+                    + np.float64(x9[k])
                 )
-            i += 8
+            i += 10
         while i < rows.size:
             x0 = flat[rows[i] * stride + start : rows[i] * stride + start + width]
             for k in range(width):

@@ -21,9 +21,10 @@ from actors.adversary import Adversary, PeerAdversary
 from actors.client import Client
 from actors.group import NodeGroup, ServerGroup
 from actors.peer import Peer
-from jobs.byzantine_studies import STUDIES, MatrixConfig, check_data, matrix
+from jobs.byzantine_matrix import MatrixConfig, check_data, matrix
+from jobs.byzantine_studies import STUDIES
 from jobs.cli import ClusterJob, start
-from raysys.aggregation.kernels import BLOCK
+from raysys.aggregation import BLOCK
 from raysys.runtime.checkpoint import write_state
 from raysys.runtime.progress import Progress
 from raysys.runtime.rounds import Local, Participant, Rounds
@@ -259,7 +260,8 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
 
 def main() -> None:
     """Entry point of python -m jobs.byzantine and of raysys byzantine."""
-    start("byzantine", {"train": (TrainConfig, train), "demo": (DemoConfig, demo), **STUDIES}, "train", __doc__ or "")
+    commands = {"train": (TrainConfig, train), "demo": (DemoConfig, demo), "matrix": (MatrixConfig, matrix), **STUDIES}
+    start("byzantine", commands, "train", __doc__ or "")
 
 
 if __name__ == "__main__":

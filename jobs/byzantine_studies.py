@@ -1,6 +1,6 @@
-"""The studies of the Byzantine system that are not one training run: the matrix, the theory, the audit, the sweep.
+"""The studies of the Byzantine system that are not training comparisons: the theory, the audit, the sweep.
 
-Their units are independent, so they run as Ray tasks on the in-process simulation, whose numbers are those of the actors.
+Their units are independent, so they run as Ray tasks or Tune trials.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from jobs.byzantine_matrix import ROBUST, check_data
 from jobs.cli import ClusterJob, Commands
 from raysys.aggregation import make_rule
 from raysys.aggregation.audit import kappa_search
@@ -21,101 +22,11 @@ from raysys.runtime.run import Run
 from raysys.runtime.session import Session
 from raysys.runtime.space import check_space, parse_space
 from raysys.runtime.statistics import Interval
-from raysys.systems.byzantine import claims, figures, floors, gossip
-from raysys.systems.byzantine.setting import Setting, Training, named
+from raysys.systems.byzantine import figures, floors, gossip
+from raysys.systems.byzantine.setting import Setting, named
 from raysys.systems.byzantine.simulate import simulation
 from raysys.systems.byzantine.task import Task
 from raysys.systems.byzantine.theory_claims import theory_claims
-
-ROBUST = ["trimmed_mean", "median", "geometric_median", "krum", "nnm+trimmed_mean", "arc+nnm+geometric_median", "caf"]
-ATTACKS = ["none", "sign_flip", "ipm", "foe", "alie", "min_max", "mimic", "label_flip", "best_response"]
-
-
-def check_data(setting: Setting) -> None:
-    """Read the data, divide it and build the model: whatever is wrong with them is found here.
-
-    Raises:
-        ValueError: one sentence that names the field.
-    """
-    task = Task(setting, 0)
-    if setting.problem != "quadratic":
-        _ = task.partition
-    _ = task.problem, task.rule
-
-
-class MatrixConfig(ClusterJob, Training):
-    """Run every rule against every attack; each cell is one training run in a Ray task."""
-
-    rules: list[str] = Field(["mean", *ROBUST], min_length=1)
-    """Aggregation rules (see train --rule)."""
-    attacks: list[str] = Field(ATTACKS, min_length=1)
-    """Attacks (see train --attack); best_response is the worst of a family, chosen anew every round."""
-    partitions: list[str] = Field(["dirichlet(10)", "dirichlet(0.3)"], min_length=1)
-    """Divisions of the data (see train --partition)."""
-    rounds: int = Field(150, ge=1)
-    """Training rounds T of a cell."""
-
-    @model_validator(mode="after")
-    def _cells_are_possible(self) -> Self:
-        if self.problem == "quadratic" or self.topology != "server":
-            raise ValueError(
-                "problem: a matrix compares accuracies of server rules; it needs real data and topology server"
-            )
-        for field in ("rules", "attacks", "partitions"):
-            values = getattr(self, field)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{field}: got {values}; each may be named once")
-        for rule in self.rules:
-            named("rules", rule, self.cell, self.partitions[0], rule, self.attacks[0])
-        for attack in self.attacks:
-            named("attacks", attack, self.cell, self.partitions[0], self.rules[0], attack)
-        for partition in self.partitions:
-            named("partitions", partition, self.cell, partition, self.rules[0], self.attacks[0])
-        return self
-
-    def check(self) -> None:
-        check_data(self.cell(self.partitions[0], self.rules[0], self.attacks[0]))
-
-    def cell(self, partition: str, rule: str, attack: str) -> Setting:
-        """The setting of one cell."""
-        values = {name: getattr(self, name) for name in Training.model_fields}
-        return Setting(**values, partition=partition, rule=rule, attack=attack)
-
-
-def train_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """One training run in this process; its last measurements."""
-    torch.set_num_threads(1)
-    simulated = simulation(Task(setting, seed))
-    for t in range(setting.rounds):
-        simulated.step(t)
-    return simulated.evaluate(setting.rounds - 1)
-
-
-def matrix(config: MatrixConfig, run: Run, session: Session) -> None:
-    """Every rule against every attack on every division of the data, on paired seeds."""
-    keys = [(p, r, a) for p in config.partitions for r in config.rules for a in config.attacks]
-    seeds = range(config.seed, config.seed + config.seeds)
-    units = {f"{p}/{r}/{a}/seed{s}": (train_cell, (config.cell(p, r, a), s)) for p, r, a in keys for s in seeds}
-    results = run_stages(run, units, "matrix")
-    cells = {(p, r, a): [results[f"{p}/{r}/{a}/seed{s}"] for s in seeds] for p, r, a in keys}
-    rows = claims.matrix_rows(cells)
-    for row in rows:
-        run.row("accuracy", row["interval"], partition=row["partition"], rule=row["rule"], attack=row["attack"])
-    for partition in config.partitions:
-        table = []
-        for rule in config.rules:
-            mine = {r["attack"]: r["interval"] for r in rows if (r["partition"], r["rule"]) == (partition, rule)}
-            line: dict[str, Any] = {"rule": rule}
-            line |= {attack: f"{100 * i.mean:.1f}" for attack, i in mine.items()}
-            table.append(
-                line | {"worst attack": claims.worst_attack(cells, partition, rule)} if "worst" in mine else line
-            )
-        run.grid(f"Test accuracy (%) after {config.rounds} rounds, {partition}, mean of {config.seeds} seeds", table)
-        heat = [r for r in rows if r["partition"] == partition]
-        run.figure("matrix-" + partition.replace("(", "-").rstrip(")"), figures.matrix_heat_map(heat, title=f"{config.data}, {partition}"))
-    if config.seeds > 1:
-        for claim in claims.matrix_claims(cells):
-            run.claim(**claim)
 
 
 class TheoryConfig(ClusterJob):
@@ -372,7 +283,6 @@ def trial(
 
 
 STUDIES: Commands = {
-    "matrix": (MatrixConfig, matrix),
     "theory": (TheoryConfig, theory),
     "audit": (AuditConfig, audit),
     "sweep": (SweepConfig, sweep_command),

@@ -12,7 +12,6 @@ Shapes: k neighbours, d coordinates, z (k, d) differences. Source: specs/byzanti
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.aggregation.registry import make_rule, parse_item
+from raysys.aggregation.user import load
 
 Weights = NDArray[np.float64]
 HALF = (torch.float16, torch.bfloat16)
@@ -271,7 +271,7 @@ def make_peer_rule(spec: str = "clip_2b") -> PeerRule:
     ValueError for an unknown name or option.
     """
     if ":" in spec:
-        return _custom(spec)
+        return CustomPeerRule(load(spec), spec)
     name, options = parse_item(spec)
     if name not in PEER_RULES:
         raise ValueError(f"unknown peer rule {name!r}, the peer rules are {', '.join(sorted(PEER_RULES))}")
@@ -283,12 +283,3 @@ def make_peer_rule(spec: str = "clip_2b") -> PeerRule:
         return PEER_RULES[name](**options)
     except TypeError as error:
         raise ValueError(f"peer rule {name}: bad option value in {options}: {error}") from None
-
-
-def _custom(spec: str) -> PeerRule:
-    module, _, function = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"peer rule {spec!r} cannot be imported: {error}") from error
-    return CustomPeerRule(found, spec)

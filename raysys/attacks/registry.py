@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
 from raysys.aggregation.registry import parse_item
+from raysys.aggregation.user import load
 from raysys.attacks.distance import MinMax, MinSum
 from raysys.attacks.mimic import Mimic
 from raysys.attacks.peers import Dissensus, Equivocation, Spectral
@@ -62,7 +62,7 @@ def make_attack(spec: str, n: int, f: int) -> Attack:
     if not 0 <= f <= n:
         raise ValueError(f"an attack needs 0 <= f <= n, got n={n}, f={f}")
     if ":" in spec:
-        return _custom(spec)
+        return CustomAttack(load(spec), spec)
     name, options = parse_item(spec)
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}, the attacks are {', '.join(sorted(ATTACKS))}")
@@ -83,14 +83,3 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if not fits:
             raise ValueError(f"attack {name} needs {key} of type {kinds}, got {value!r}")
     return options
-
-
-def _custom(spec: str) -> CustomAttack:
-    module, _, function = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"attack {spec!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"attack {spec!r} must be a function, got {type(found).__name__}")
-    return CustomAttack(found, spec)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,9 @@ SINGLE_THREADED = {
     "OPENBLAS_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
 }
+
+
+KNOCK_S = 15.0
 
 
 class ClusterConfig(Config):
@@ -65,6 +69,7 @@ class Session:
         environment = {"env_vars": SINGLE_THREADED}
         try:
             if address:
+                knock(address)
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=environment)
             else:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -75,7 +80,7 @@ class Session:
                     log_to_driver=False,
                     runtime_env=environment,
                 )
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {address}" if address else "an embedded Ray"
             raise UserError(
                 f"address: {where} could not be reached or started ({str(error).splitlines()[0]})"
@@ -109,6 +114,17 @@ class Session:
                 f" this machine has {cpus:g} CPUs and {gpus:g} GPUs, so lower hosts or cpus_per_host"
             )
         return hosts
+
+
+def knock(address: str) -> None:
+    """Fail at once where nobody listens at `host:port` or `ray://host:port`; Ray itself would try for minutes.
+
+    Raises:
+        OSError: no connection within `KNOCK_S` seconds.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def wait_until(deadline: float) -> float:

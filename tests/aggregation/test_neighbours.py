@@ -185,7 +185,7 @@ def test_a_users_function_is_a_peer_rule():
         (lambda own, near: make_peer_rule("clipped_gossip(tau=-1)"), "tau >= 0, got -1"),
         (lambda own, near: make_peer_rule("clipped_gossip(tau=big)"), "bad option value"),
         (lambda own, near: make_peer_rule("rpel(rule=medean)"), "medean"),
-        (lambda own, near: make_peer_rule("no_module:rule"), "cannot be imported"),
+        (lambda own, near: make_peer_rule("no_module:rule"), "cannot import no_module"),
         (lambda own, near: make_peer_rule("bridge").mix(own, near, even(4), 2), r"2b \+ 1 neighbours, got k=4, b=2"),
         (lambda own, near: make_peer_rule("nna").mix(own, near, even(4), 5), "at least b neighbours, got k=4, b=5"),
         (

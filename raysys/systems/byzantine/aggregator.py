@@ -55,7 +55,7 @@ class Aggregator:
         order = np.argsort(ids, kind="stable")  # arrival order must not matter
         order = order[self.seeds.rng(Stream.SHUFFLE, 0, round).permutation(len(ids))]
         self._stack = torch.from_numpy(rows[order])
-        return survey(self._stack, torch.from_numpy(self.reference), products=self.rule.needs_products)
+        return survey(self._stack, torch.from_numpy(self.reference), products=self.rule.least)
 
     def plan(self, round: int, surveys: list[Survey]) -> Plan | None:
         """What to do with the columns, from the surveys of all shards in column order; None if too few messages arrived."""

@@ -20,6 +20,7 @@ from raysys.systems.byzantine.dissimilarity import fit_dissimilarity, predicted_
 
 Result = Mapping[str, Any]
 PAPER = "Ruan, Wang & Liu 2026 (arXiv 2604.10179), abstract"
+GOAL = "goal of this project"
 CLOSE_TO_ATTACK_FREE = 0.05
 TAIL = 0.25
 
@@ -69,9 +70,7 @@ def training_claims(arms: Mapping[str, Sequence[Result]], names: Mapping[str, st
     )
     if metric == "accuracy":
         cost = paired_difference(values("robust"), values("free"))
-        claims.append(
-            _claim("within 5 points of the attack-free run", "issue bar", cost.above(-CLOSE_TO_ATTACK_FREE), cost)
-        )
+        claims.append(_claim("within 5 points of the attack-free run", GOAL, cost.above(-CLOSE_TO_ATTACK_FREE), cost))
     if "no_momentum" in names:
         ratio = mean_ci(
             np.log(np.maximum(values("robust", "floor"), 1e-30))
@@ -137,7 +136,7 @@ def matrix_claims(cells: Mapping[tuple[str, str, str], Sequence[Result]], plain:
         claims.append(
             _claim(
                 f"{partition}: {best} under its worst attack beats the mean under its own by 15 points",
-                "issue bar",
+                GOAL,
                 gain.above(0.15),
                 gain,
             )
@@ -148,7 +147,7 @@ def matrix_claims(cells: Mapping[tuple[str, str, str], Sequence[Result]], plain:
             claims.append(
                 _claim(
                     f"{partition}: {best} under its worst attack is within 5 points of attack-free training",
-                    "issue bar",
+                    GOAL,
                     cost.above(-CLOSE_TO_ATTACK_FREE),
                     cost,
                 )

@@ -6,7 +6,7 @@ Attacks exist only in simulation. Notation: mu, s the honest mean and population
 from __future__ import annotations
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from raysys.attacks.threat import Attack, Threat
@@ -71,7 +71,7 @@ def alie_z_max(n: int, f: int) -> float:
     if n <= 2 * f:
         raise ValueError(f"ALIE's z_max needs n > 2f, got n={n}, f={f}")
     supporters = n // 2 + 1 - f
-    return float(norm.ppf((n - f - supporters) / (n - f)))
+    return float(ndtri((n - f - supporters) / (n - f)))
 
 
 class Alie(Attack):

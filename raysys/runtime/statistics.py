@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def mean_ci(values: ArrayLike, level: float = 0.95) -> Interval:
     n, mean = sample.size, float(sample.mean())
     if n == 1:
         return Interval(mean, None, None, 1, level)
-    half = float(student_t.ppf((1 + level) / 2, n - 1) * sample.std(ddof=1) / np.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * sample.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, level)
 
 

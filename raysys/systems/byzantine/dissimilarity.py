@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from raysys.systems.byzantine import theory
 
@@ -102,6 +101,8 @@ def fit_dissimilarity(spread: F64, squared_gradient: F64) -> DissimilarityFit:
         raise ValueError(
             f"a fit needs two equally long series of at least two points, got {spread.shape}, {squares.shape}"
         )
+    from scipy.optimize import nnls  # half a second of import that hosts can do without
+
     scale = float(squares.max()) or 1.0
     (intercept, slope), misfit = nnls(np.stack([np.ones_like(squares), squares / scale], axis=1), spread)
     slope /= scale

@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.stats import hypergeom
 
 
 def breakdown(B: float) -> float:
@@ -165,6 +164,8 @@ def _tail_bound(population: int, bad: int, draws: int, trials: int, fail: float)
     if not 0.0 < fail < 1.0 or trials < 1:
         raise ValueError(f"the tail needs 0 < fail < 1 and at least one trial, got fail={fail}, trials={trials}")
     counts = np.arange(min(bad, draws) + 1)
+    from scipy.stats import hypergeom  # scipy.stats takes a second to import, in every host; only sampling needs it
+
     return int(counts[trials * hypergeom.sf(counts, population, bad, draws) <= fail][0])
 
 

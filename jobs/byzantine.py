@@ -247,7 +247,7 @@ TOUR = ["mean", "trimmed_mean", "geometric_median", "krum", "nnm+trimmed_mean", 
 class DemoConfig(TrainConfig):
     """The tour: train over Ray actors under the worst attack, then every rule against every attack on two divisions."""
 
-    rounds: int = Field(100, ge=1)
+    rounds: int = Field(80, ge=1)
     """Training rounds T, of the actors and of every cell."""
 
 

@@ -195,8 +195,8 @@ def with_server(task: Task, loop: Loop, session: Session, shards: int) -> Outcom
         adversaries.receive(t, model)
         if rounds.due(t):
             rounds.log(t, server.evaluate(model, clients.statistics(t)))
-    final = np.concatenate([state["model"] for _, state in server.snapshot()])
-    counts = add(server.counters(), clients.counters()) | server.each("outcomes")[0]
+    final = rounds.after(lambda: np.concatenate([state["model"] for _, state in server.snapshot()]))
+    counts = rounds.after(lambda: add(server.counters(), clients.counters()) | server.each("outcomes")[0])
     for group in (clients, adversaries, server):
         group.stop()
     return final, counts
@@ -218,8 +218,8 @@ def peer_to_peer(task: Task, loop: Loop, session: Session) -> Outcome:
         peers.exchange(t, models, told, task.graph.adjacency)
         if rounds.due(t):
             rounds.log(t, peers.evaluate(peers.statistics(t)))
-    each = np.concatenate([state["model"] for _, state in peers.snapshot()])
-    counts = peers.counters() | add(*peers.each("outcomes"))
+    each = rounds.after(lambda: np.concatenate([state["model"] for _, state in peers.snapshot()]))
+    counts = rounds.after(lambda: peers.counters() | add(*peers.each("outcomes")))
     for group in (peers, adversaries):
         group.stop()
     return each.astype(np.float64).mean(0).astype(np.float32), counts

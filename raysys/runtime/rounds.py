@@ -15,14 +15,16 @@ Notable choices
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import (
+    GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     RayActorError,
@@ -39,6 +41,7 @@ State = dict[str, NDArray]
 AHEAD = 2
 LOSSES = (RayActorError, WorkerCrashedError, ObjectLostError, NodeDiedError)
 PATIENCE = 3
+T = TypeVar("T")
 
 
 @dataclass
@@ -138,6 +141,7 @@ class Rounds:
         self._under_way: list[tuple[int, list[Call]]] = []
         self._measured: list[tuple[int, Any]] = []
         self._advanced = 0
+        self._losses = 0
 
     def due(self, t: int) -> bool:
         """Whether round t is measured: every `log_every` rounds and the last."""
@@ -148,28 +152,63 @@ class Rounds:
         self._measured.append((t, values))
 
     def __iter__(self) -> Iterator[int]:
-        for p in self.participants:
-            p.ready()
-        t = self._return_to_barrier()
-        barrier, losses = t, 0
+        t = self._start(replace=False)
         while t < self.total:
             yield t
             self._under_way.append((t, [call for p in self.participants for call in p.taken()]))
             end = (t + 1) % self.snapshot_every == 0 or t == self.total - 1
             try:
                 self._settle(0 if end else AHEAD)
-                if end and t < self.total - 1:
+                if end:
                     self._save(t + 1)
-                    barrier, losses = t + 1, 0
+                    self._losses = 0
             except Lost as loss:
-                losses += 1
-                self.stage.run.event("host lost", stage=self.stage.name, round=t, reason=str(loss), losses=losses)
-                if losses > PATIENCE:
-                    raise RuntimeError(f"hosts were lost {losses} times after round {barrier}: {loss}") from loss
-                t = self._recover()
+                self._count(loss, t)
+                t = self._start(replace=True)
                 continue
             t += 1
             self._advance(t)
+
+    def after(self, question: Callable[[], T]) -> T:
+        """The answer to a question that is asked of hosts after the last round: a host that is lost before it has answered
+        is replaced, everyone returns to the last barrier, and the question is asked again."""
+        while True:
+            try:
+                with losses():
+                    return question()
+            except Lost as loss:
+                self._count(loss, self.total)
+                self._start(replace=True)
+
+    def _count(self, loss: Lost, t: int) -> None:
+        self._losses += 1
+        self.stage.run.event("host lost", stage=self.stage.name, round=t, reason=str(loss), losses=self._losses)
+        if self._losses > PATIENCE:
+            raise RuntimeError(f"hosts were lost {self._losses} times after the same barrier: {loss}") from loss
+
+    def _start(self, replace: bool) -> int:
+        """Put everyone at the last barrier, after replacing what died; the round to go on with."""
+        started = time.monotonic()
+        while True:
+            self._under_way.clear()
+            self._measured.clear()
+            try:
+                with losses():
+                    if not replace:
+                        for p in self.participants:
+                            p.ready()
+                    replaced = [what for p in self.participants for what in p.repair()] if replace else []
+                    for p in self.participants:
+                        p.taken()
+                    t = self._return_to_barrier()
+            except Lost as loss:
+                self._count(loss, -1)
+                replace = True
+                continue
+            if replace:
+                took = round(time.monotonic() - started, 3)
+                self.stage.run.event("recovered", stage=self.stage.name, replaced=replaced, round=t, seconds=took)
+            return t
 
     def _advance(self, done: int) -> None:
         if self.progress is not None and done > self._advanced:
@@ -201,14 +240,8 @@ class Rounds:
             self._get(ref)
 
     def _get(self, ref: ray.ObjectRef) -> Any:
-        try:
+        with losses():
             return ray.get(ref, timeout=self.timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise Lost(f"no answer within {self.timeout_s:g} s") from error
-        except RayError as error:
-            if is_loss(error):
-                raise Lost(str(error).splitlines()[0]) from error
-            raise
 
     def _end_those_who_hang(self, calls: list[Call]) -> None:
         """The first call in order of submission that is not done holds up all others: its host hangs."""
@@ -217,19 +250,6 @@ class Rounds:
             if len(done) < len(call.refs):
                 call.owner.kill(call.host)
                 raise Lost(f"a host owed an answer for more than {self.timeout_s:g} s and was ended")
-
-    def _recover(self) -> int:
-        """Replace what died, put everyone back to the last barrier; the round to go on with."""
-        self._under_way.clear()
-        self._measured.clear()
-        started = time.monotonic()
-        replaced = [what for p in self.participants for what in p.repair()]
-        for p in self.participants:
-            p.taken()
-        t = self._return_to_barrier()
-        took = round(time.monotonic() - started, 3)
-        self.stage.run.event("recovered", stage=self.stage.name, replaced=replaced, round=t, seconds=took)
-        return t
 
     def _return_to_barrier(self) -> int:
         checkpoint = self.stage.checkpoints.latest()
@@ -253,16 +273,25 @@ class Rounds:
         """Commit the state of all participants before round t as a barrier."""
         folder = self.stage.checkpoints.folder(t)
         files: dict[str, str] = {}
-        try:
+        with losses():
             for p in self.participants:
                 for name, state in p.snapshot():
                     file = f"{folder}/{name}.safetensors"
                     files[file] = write_state(self.stage.run.storage, file, state, {"name": name})
-        except RayError as error:
-            if is_loss(error):
-                raise Lost(str(error).splitlines()[0]) from error
-            raise
         self.stage.checkpoints.commit(t, files, {"last": self.last})
+
+
+@contextmanager
+def losses() -> Iterator[None]:
+    """Turn whatever means that a host is gone, or silent for too long, into `Lost`."""
+    try:
+        yield
+    except GetTimeoutError as error:
+        raise Lost("a host gave no answer in time") from error
+    except RayError as error:
+        if not is_loss(error):
+            raise
+        raise Lost(str(error).splitlines()[0]) from error
 
 
 def is_loss(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ def test_peers_on_hosts_give_the_bits_of_one_process(train):
 
 
 @pytest.mark.parametrize("name", ["clients", "adversaries", "server"])
-@pytest.mark.parametrize("at", [3, 13])
+@pytest.mark.parametrize("at", [3, 13, 23])
 def test_a_killed_process_changes_no_bit(train, name, at):
     values = {"attack": "mimic", "dropout": 0.2, "remember": True}
     calm = train(execution="inprocess", **values)

@@ -27,11 +27,11 @@ def make_machine() -> Iterator[Callable[[], Machine]]:
 
 @pytest.fixture(scope="module")
 def start_head(make_machine: Callable[[], Machine]) -> Callable[..., Head]:
-    """start_head(*flags, **variables): `ray start --head` on a new machine, on ports of its own."""
+    """start_head(*flags, port=None, **variables): `ray start --head` on a new machine, on ports of its own."""
 
-    def start(*flags: str, **variables: str) -> Head:
+    def start(*flags: str, port: int | None = None, **variables: str) -> Head:
         machine = make_machine()
-        port, dashboard = free_ports(2)
+        port, dashboard = port or free_ports(1)[0], free_ports(1)[0]
         words = [
             "ray",
             "start",

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray  # noqa: F401  (brings its own psutil)
+
 import psutil  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -37,7 +37,12 @@ class TrimmedMean(Rule):
         self.mass = mass
 
     def kappa(self, n: int, f: int) -> Kappa:
-        return Kappa(trimmed_mean_kappa(n, f), "exact", "spec 2.5, proved there; the optimum of any rule")
+        """trim / (n - f - trim) when f rows are faulty and `trim` = self.f are cut at either end; inf if trim < f.
+
+        ValueError unless n > 2 trim. With trim = f it is the optimum of any rule.
+        """
+        what = "; the optimum of any rule" if self.f == f else f", told f={self.f}"
+        return Kappa(trimmed_mean_kappa(n, f, self.f), "exact", f"spec 2.5, proved there{what}")
 
     def decide(self, view: View) -> Decision:
         if view.weights is None:

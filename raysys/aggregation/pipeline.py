@@ -21,10 +21,15 @@ class Pipeline(Rule):
     def __init__(self, before: Sequence[PreAggregator], rule: Rule) -> None:
         self.before, self.rule = tuple(before), rule
         self.name = "+".join([p.name for p in before] + [rule.name])  # type: ignore[misc]
+        self.trusts_first = rule.trusts_first  # type: ignore[misc]
         self.weighted = rule.weighted and all(p.weighted for p in before)  # type: ignore[misc]
         if all(p.sees == "norms" for p in before) and rule.least is not True:
             self.sees = "norms"
         super().__init__(before[0].n, before[0].f)
+
+    @property
+    def plannable(self) -> bool:
+        return self.rule.plannable
 
     def requires(self, n: int, f: int) -> None:
         if not 2 * f < n and not self.rule.name == "mean":
@@ -56,12 +61,15 @@ class Pipeline(Rule):
         return view, total
 
     def compose(self, view: View) -> tuple[Decision, F64 | None]:
+        if not self.plannable:
+            raise ValueError(f"{self.name} ends in a user's own rule: it sees whole rows, call aggregate")
         seen, total = self.mixing(view)
         return self.rule.compose(seen)[0], total
 
     def aggregate(
         self, stack: Stack, *, weights: F64 | None = None, reference: Any = None, rng: np.random.Generator | None = None
     ) -> Aggregation:
+        """The output; a chain that ends in a user's rule mixes whole rows and hands them over, n x n logic before."""
         if not isinstance(self.rule, UserRule):
             return super().aggregate(stack, weights=weights, reference=reference, rng=rng)
         tensor, back = as_stack(stack)

@@ -118,6 +118,8 @@ class Rule:
     """'norms' if norms and distances to the reference are all that the plan looks at."""
     weighted: ClassVar[bool] = False
     """Has the rule a form for rows of unequal weight?"""
+    trusts_first: ClassVar[bool] = False
+    """Does the rule trust one row by its number? Where rows are shuffled, as on a server, that row is anybody's."""
 
     def __init__(self, n: int, f: int) -> None:
         if not 0 <= f <= n or n < 1:
@@ -127,6 +129,11 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"{self.name}(n={self.n}, f={self.f})"
+
+    @property
+    def plannable(self) -> bool:
+        """Can the rule be planned on a survey? If not it sees whole rows: call `aggregate`."""
+        return True
 
     @property
     def least(self) -> bool | str:
@@ -149,7 +156,11 @@ class Rule:
         return 0
 
     def kappa(self, n: int, f: int) -> Kappa | None:
-        """The rule's robustness coefficient with its source, or None if none is known."""
+        """The rule's robustness coefficient with its source, or None if none is known.
+
+        n rows of which f are faulty, for a rule that was told that f; only the trimmed mean tells apart the f it was told
+        (`self.f`) and the true one.
+        """
         return None
 
     def decide(self, view: View) -> Decision:

@@ -71,10 +71,13 @@ class Cge(Rule):
 class Monna(Rule):
     """The mean of the n - f rows nearest to the trusted row `index`, itself included (2209.10931).
 
+    For a node that knows which row is its own. A server that shuffles its rows has none to trust (`trusts_first`).
+
     The error is at most 4f/h times the mean squared distance of the honest rows to that row (spec 2.5).
     """
 
     name = "monna"
+    trusts_first = True
 
     def __init__(self, n: int, f: int, index: int = 0) -> None:
         super().__init__(n, f)
@@ -142,8 +145,11 @@ class Ctma(Rule):
 
         super().__init__(n, f)
         self.inner = make_rule(rule, n, f)
-        if not (self.inner.needs_products or self.inner.name in ("median", "mean")):
+        last = getattr(self.inner, "rule", self.inner)  # of a chain, what decides
+        linear = last.plannable and (last.needs_products or last.name == "mean") and not isinstance(last, Bulyan)
+        if not (linear or self.inner.name == "median"):
             raise ValueError(f"ctma needs a rule decided on inner products or median, got rule={rule}")
+        self.trusts_first = self.inner.trusts_first  # type: ignore[misc]
 
     def requires(self, n: int, f: int) -> None:
         super().requires(n, f)

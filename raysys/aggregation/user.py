@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,31 +18,54 @@ import torch
 from raysys.aggregation.gram import F64, Survey, survey
 from raysys.aggregation.rule import Aggregation, Plan, Rule, Stack, as_stack
 
+_loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
+"""File -> its state when it was executed, and what came of it."""
+
 
 def load(spec: str) -> Callable[..., Any]:
-    """The function behind "module:function" or "path/to/file.py:function". Raises ValueError if there is none."""
+    """The function behind "module:function" or "path/to/file.py:function".
+
+    A file is executed once, and again only after it has changed. Raises ValueError if there is no such file or function, and
+    with what went wrong if the code cannot be executed.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name.isidentifier():
         raise ValueError(f"'{spec}' is not of the form module:function")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"'{spec}': there is no file {place}")
     try:
-        if place.endswith(".py"):
-            path = Path(place)
-            if not path.is_file():
-                raise ValueError(f"'{spec}': there is no file {place}")
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules.setdefault(path.stem, module)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"'{spec}': cannot import {place}: {error}") from None
+        module = _from_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ValueError(f"'{spec}': cannot load {place} ({type(error).__name__}: {error})") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"'{spec}': {place} has no function {name}")
     return function
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module of a file, under a name of its own: two files with one stem are two modules."""
+    stat = path.stat()
+    version = (stat.st_mtime_ns, stat.st_size)
+    if path in _loaded and _loaded[path][0] == version:
+        return _loaded[path][1]
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    _loaded[path] = (version, module)
+    return module
 
 
 class UserRule(Rule):
@@ -64,6 +89,10 @@ class UserRule(Rule):
     def __reduce__(self) -> Any:
         return UserRule, (self.n, self.f, self.spec)
 
+    @property
+    def plannable(self) -> bool:
+        return False
+
     def requires(self, n: int, f: int) -> None:
         """What the function needs is its own to say."""
 
@@ -85,6 +114,7 @@ class UserRule(Rule):
     def aggregate(
         self, stack: Stack, *, weights: F64 | None = None, reference: Any = None, rng: np.random.Generator | None = None
     ) -> Aggregation:
+        """The function's output on the finite rows. reference and rng are those of every rule; the function gets neither."""
         tensor, back = as_stack(stack)
         if weights is not None:
             self._shares(weights, len(tensor))

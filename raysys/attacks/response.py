@@ -6,7 +6,7 @@ Notable choices
 - Every candidate is mu + t p, a combination of the honest rows and a few extra rows (s, ...). One survey of those rows
   gives all inner products; a rule that combines linearly is then tried in n x n numbers, without touching d
   (specs/byzantine.md section 2.8). Coordinate-wise rules are tried with their own kernels on at most COLUMNS evenly
-  spaced columns, exact when d is smaller.
+  spaced columns, exact when d is smaller. A rule that sees whole rows (a user's own) is called on whole stacks.
 - The trial stack is in a random order, as the server's is: an attacker gains nothing from ties it could not foresee.
 - A rule that draws random numbers is tried with the attacker's own; it does not know the server's.
 
@@ -65,7 +65,7 @@ class Response:
         self._survey: Survey | None = None
         self._fixed: Plan | None = None
         stride = 1
-        if isinstance(self.rule, Rule):
+        if isinstance(self.rule, Rule) and self.rule.plannable:
             self._survey = survey(self.base, self.reference, products=self.rule.needs_products)
             if not self.rule.needs_products:
                 self._fixed = self._plan(self._survey.mix(self._matrix(self.mean)))
@@ -74,7 +74,7 @@ class Response:
             stride = 1 if columns is None else max(1, -(-honest.shape[1] // columns))
             if self._survey.grams is not None:
                 self._prepare_products()
-        else:
+        elif not isinstance(self.rule, Rule):  # a peer's rule: its own model comes first
             self._order = np.arange(self.n)
         self._columns = self.base[:, ::stride].contiguous()
         self._near = None if self.reference is None else self.reference[::stride].contiguous()
@@ -109,7 +109,7 @@ class Response:
         if self._fixed is not None:
             return self.many([coefficients])[0]
         if self._survey is None:
-            return self._measure(self.rule(self._stack(coefficients)))
+            return self._measure(self._whole(self._stack(coefficients)))
         matrix = self._matrix(coefficients)
         plan = self._plan(self._survey.mix(matrix))
         if plan.weights is None:
@@ -137,6 +137,14 @@ class Response:
 
     def _plan(self, mixed: Survey) -> Plan:
         return self.rule.plan(mixed, rng=np.random.default_rng(self._seed))
+
+    def _whole(self, stack: Tensor) -> Tensor:
+        """The output of a rule that sees whole rows."""
+        if isinstance(self.rule, Rule):
+            rng = np.random.default_rng(self._seed)
+            output: Tensor = self.rule.aggregate(stack, reference=self.reference, rng=rng).vector
+            return output
+        return self.rule(stack)  # type: ignore[no-any-return]
 
     def _stack(self, coefficients: F64) -> Tensor:
         stack = self._columns.new_empty((self.n, self._columns.shape[1]))

@@ -53,6 +53,15 @@ def test_trimming_more_than_f_costs_trim_over_n_minus_f_minus_trim(n, f, trim):
         out = rule(np.concatenate([honest, np.full(f, FAR)])[:, None])[0]
         worst = max(worst, (out - honest.mean()) ** 2 / honest.var())
     assert worst == pytest.approx(trimmed_mean_kappa(n, f, trim), rel=1e-12)
+    assert worst == pytest.approx(rule.kappa(n, f).value, rel=1e-12)
+
+
+def test_a_trimmed_mean_told_a_wrong_f_has_the_kappa_of_what_it_trims():
+    assert make_rule("trimmed_mean", 20, 8).kappa(20, 4).value == pytest.approx(8 / (20 - 4 - 8))
+    assert make_rule("trimmed_mean", 20, 2).kappa(20, 4).value == float("inf")
+    assert "told f=8" in make_rule("trimmed_mean", 20, 8).kappa(20, 4).source
+    with pytest.raises(ValueError, match="n > 2 trim >= 0, got n=10, trim=8"):
+        make_rule("trimmed_mean", 20, 8).kappa(10, 4)
 
 
 def test_trimming_less_than_f_has_no_finite_kappa():

@@ -44,6 +44,21 @@ def deviation(rule, honest, rows, reference=None, seed=3):
     return float((output - honest.mean(0)).square().sum())
 
 
+OWN = """
+def trimmed(stack, f):
+    return stack.sort(0).values[f:len(stack) - f].mean(0)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "nnm+"])
+@pytest.mark.parametrize("name", TRYING)
+def test_a_users_own_rule_is_tried_on_whole_stacks_like_the_rule_it_repeats(tmp_path, before, name):
+    (tmp_path / "own.py").write_text(OWN)
+    own, same = make_rule(f"{before}{tmp_path / 'own.py'}:trimmed", N, F), make_rule(f"{before}trimmed_mean", N, F)
+    rows = [make_attack(name, N, F).craft(honest_rows(), threat(rule)) for rule in (own, same)]
+    assert torch.allclose(rows[0], rows[1], atol=1e-7)
+
+
 @pytest.mark.parametrize("spec", RULES)
 def test_a_trial_measures_the_true_deviation_of_the_rule(spec):
     honest, rule = honest_rows(), make_rule(spec, N, F)

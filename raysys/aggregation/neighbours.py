@@ -12,7 +12,6 @@ Shapes: k neighbours, d coordinates, z (k, d) differences. Source: specs/byzanti
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysys.aggregation.registry import make_rule, parse_item
+from raysys.aggregation.registry import checked, parse_item
 from raysys.aggregation.user import load
 
 Weights = NDArray[np.float64]
@@ -225,24 +224,6 @@ class Ios(PeerRule):
         return _step(own, z, weights * keep / max(own_weight + weights[keep].sum(), 1e-300))
 
 
-class Rpel(PeerRule):
-    """RPEL's aggregation: a server rule on the own model and what was pulled, with b in the role of f.
-
-    rule: a spec as make_rule takes it. b is the b-hat of the pull (theory.rpel_bhat). Source: El Mrini+ 2025
-    (2510.08311). Weights are not used.
-    """
-
-    name = "rpel"
-
-    def __init__(self, rule: str = "nnm+trimmed_mean") -> None:
-        make_rule(rule, 50, 1)  # a wrong name is told now, not in the first round
-        self.rule = rule
-
-    def combine(self, own: Tensor, neighbours: Tensor, weights: Weights, b: int) -> Tensor:
-        z = torch.cat([torch.zeros_like(own)[None], neighbours - own])
-        return own + make_rule(self.rule, len(z), b)(z)
-
-
 class CustomPeerRule(PeerRule):
     """A user's own function (own, neighbours, weights, b) -> (d,)."""
 
@@ -261,7 +242,7 @@ class CustomPeerRule(PeerRule):
 
 
 PEER_RULES: dict[str, type[PeerRule]] = {
-    rule.name: rule for rule in (Gossip, Clip2b, ClippedGossip, NearestNeighbours, Monna, Bridge, Ios, Rpel)
+    rule.name: rule for rule in (Gossip, Clip2b, ClippedGossip, NearestNeighbours, Monna, Bridge, Ios)
 }
 
 
@@ -275,11 +256,4 @@ def make_peer_rule(spec: str = "clip_2b") -> PeerRule:
     name, options = parse_item(spec)
     if name not in PEER_RULES:
         raise ValueError(f"unknown peer rule {name!r}, the peer rules are {', '.join(sorted(PEER_RULES))}")
-    allowed = [p for p in inspect.signature(PEER_RULES[name]).parameters if p not in {"args", "kwargs"}]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"peer rule {name} has no option '{option}'; it has {', '.join(allowed) or 'none'}")
-    try:
-        return PEER_RULES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"peer rule {name}: bad option value in {options}: {error}") from None
+    return PEER_RULES[name](**checked(f"peer rule {name}", PEER_RULES[name], options))

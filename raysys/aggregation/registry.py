@@ -53,6 +53,10 @@ def make_rule(spec: str, n: int, f: int) -> Rule:
         kind = "is a pre-aggregator and needs a rule after it" if name in PREAGGREGATORS else "is not a rule"
         raise ValueError(f"'{name}' in '{spec}' {kind}; rules are {', '.join(sorted(RULES))} or module:function")
     rule = build(RULES[name], name, options, rows, f)
+    if pres and isinstance(rule, selection.Ctma) and rule.inner.name == "median":
+        raise ValueError(
+            f"'{spec}': ctma(rule=median) does not work after a pre-aggregator; use ctma(rule=geometric_median)"
+        )
     return Pipeline(pres, rule) if pres else rule
 
 
@@ -77,29 +81,42 @@ def parse_item(item: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     if inside and inside.strip():
         try:
-            call = ast.parse(f"f({inside})", mode="eval").body
-        except SyntaxError:
-            raise ValueError(f"the options in '{item.strip()}' are not of the form key=value, ...") from None
-        assert isinstance(call, ast.Call)
+            call: ast.expr | None = ast.parse(f"f({inside})", mode="eval").body
+        except (SyntaxError, ValueError):
+            call = None
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError(f"the options in '{item.strip()}' are not of the form key=value, ...")
         if call.args:
             raise ValueError(f"options are named: write key=value in '{item.strip()}'")
         for keyword in call.keywords:
             if keyword.arg is None:
                 raise ValueError(f"options are named: write key=value in '{item.strip()}'")
+            if keyword.arg in options:
+                raise ValueError(f"'{item.strip()}' gives {keyword.arg} twice")
             try:
                 options[keyword.arg] = ast.literal_eval(keyword.value)
-            except ValueError:
+            except (ValueError, TypeError):
                 options[keyword.arg] = ast.unparse(keyword.value)
     return name, options
 
 
 def build(cls: type, name: str, options: dict[str, Any], n: int, f: int) -> Any:
     """cls(n, f, **options), with errors that name the option."""
-    allowed = [p for p in inspect.signature(cls).parameters if p not in ("n", "f")]
-    for key in options:
+    return cls(n, f, **checked(name, cls, options))
+
+
+def checked(label: str, cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, each known to `cls` and of the kind its annotation says. ValueError names the option and its value."""
+    parameters = inspect.signature(cls).parameters.items()
+    allowed = {k: v for k, v in parameters if k not in {"n", "f", "args", "kwargs"}}
+    for key, value in options.items():
         if key not in allowed:
-            raise ValueError(f"{name} has no option '{key}'; it has {', '.join(allowed) if allowed else 'none'}")
-    try:
-        return cls(n, f, **options)
-    except TypeError as error:
-        raise ValueError(f"{name}: bad option value in {options}: {error}") from None
+            raise ValueError(f"{label} has no option '{key}'; it has {', '.join(allowed) or 'none'}")
+        kinds = str(allowed[key].annotation)
+        fits = (value is None and "None" in kinds) or any(
+            isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and word in kinds.split(" | ")
+            for word, kind in (("bool", bool), ("int", int), ("float", (int, float)), ("str", str))
+        )
+        if not fits:
+            raise ValueError(f"{label} needs {key} of type {kinds}, got {value!r}")
+    return options

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-from raysys.aggregation.registry import parse_item
+from raysys.aggregation.registry import checked, parse_item
 from raysys.aggregation.user import load
 from raysys.attacks.distance import MinMax, MinSum
 from raysys.attacks.mimic import Mimic
@@ -66,20 +63,4 @@ def make_attack(spec: str, n: int, f: int) -> Attack:
     name, options = parse_item(spec)
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}, the attacks are {', '.join(sorted(ATTACKS))}")
-    return ATTACKS[name](**_checked(name, options))
-
-
-def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, each known and of the kind its annotation says."""
-    allowed = {k: v for k, v in inspect.signature(ATTACKS[name]).parameters.items() if k not in {"args", "kwargs"}}
-    for key, value in options.items():
-        if key not in allowed:
-            raise ValueError(f"attack {name} has no option '{key}'; it has {', '.join(allowed) or 'none'}")
-        kinds = str(allowed[key].annotation)
-        fits = (value is None and "None" in kinds) or any(
-            isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and word in kinds.split(" | ")
-            for word, kind in (("bool", bool), ("int", int), ("float", (int, float)), ("str", str))
-        )
-        if not fits:
-            raise ValueError(f"attack {name} needs {key} of type {kinds}, got {value!r}")
-    return options
+    return ATTACKS[name](**checked(f"attack {name}", ATTACKS[name], options))

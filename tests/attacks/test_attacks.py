@@ -228,7 +228,7 @@ def test_a_users_function_is_an_attack():
         ("mimic(warmup=2.5)", "needs warmup of type int, got 2.5"),
         ("sign_flip(own=1)", "needs own of type bool, got 1"),
         ("min_max(direction=2)", "needs direction of type str, got 2"),
-        ("no_such_module:attack", "cannot import no_such_module"),
+        ("no_such_module:attack", "cannot load no_such_module"),
         ("math:pi", "math has no function pi"),
         ("min_max(direction=up)", "mean, std, sign, got 'up'"),
         ("gaussian(sigma=-1)", "sigma >= 0, got -1"),

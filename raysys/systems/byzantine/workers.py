@@ -10,6 +10,8 @@ Notable choices
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,15 +28,20 @@ State = dict[str, NDArray]
 
 
 def participants(setting: Setting, seeds: Seeds, round: int) -> NDArray[np.bool_]:
-    """Which of the n workers send in this round: a uniform sample, from which honest ones may drop out."""
-    n = setting.workers
-    if setting.sample is None and setting.dropout == 0:
-        return np.ones(n, dtype=bool)
-    u = seeds.uniform(Stream.PARTICIPATION, np.arange(n), round, 2)
+    """Which of the n workers send in this round: a uniform sample, from which honest ones may drop out. Not to be changed."""
+    return _present(setting.workers, setting.honest, setting.sample, setting.dropout, seeds.seed, round)
+
+
+@lru_cache(maxsize=8)
+def _present(n: int, honest: int, sample: int | None, dropout: float, seed: int, round: int) -> NDArray[np.bool_]:
+    # Kept, because every block of a host asks: 1,250 blocks of 10,000 workers would draw and sort 10,000 numbers each.
     present = np.ones(n, dtype=bool)
-    if setting.sample is not None:
-        present[np.argsort(u[:, 0], kind="stable")[setting.sample :]] = False
-    present[: setting.honest] &= u[: setting.honest, 1] >= setting.dropout
+    if sample is not None or dropout > 0:
+        u = Seeds(seed).uniform(Stream.PARTICIPATION, np.arange(n), round, 2)
+        if sample is not None:
+            present[np.argsort(u[:, 0], kind="stable")[sample:]] = False
+        present[:honest] &= u[:honest, 1] >= dropout
+    present.setflags(write=False)
     return present
 
 
@@ -57,11 +64,18 @@ class Workers:
         if self.setting.momentum_at != "worker":
             return nodes, gradient
         beta = np.float32(self.setting.momentum)
+        if len(here) == len(self.nodes) and self.started.all():
+            momentum = beta * self.momentum  # the usual case: the same sum, on whole arrays
+            momentum += (np.float32(1) - beta) * gradient
+            self.momentum = momentum
+            return nodes, momentum
         # m_i starts at its first gradient: a start at zero would bias the first 1/alpha rounds (spec 8).
         old = np.where(self.started[here, None], self.momentum[here], gradient)
-        self.momentum[here] = beta * old + (np.float32(1) - beta) * gradient
+        momentum = beta * old + (np.float32(1) - beta) * gradient
+        self.momentum = self.momentum.copy()  # the array of the last round may still be somebody's message
+        self.momentum[here] = momentum
         self.started[here] = True
-        return nodes, self.momentum[here]
+        return nodes, momentum
 
     def present(self, round: int) -> I64:
         """Ids (k',) of the block's nodes that take part in a round."""

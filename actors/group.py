@@ -170,8 +170,10 @@ class NodeGroup(Crew):
             more: what the role's constructor takes besides these.
             name: states are called `<name>-<number of the block>`.
             hosts: how many; the session decides where None. Helper groups (adversaries) take one and reserve no CPU.
+                Where there are no nodes (f = 0) there is no host: an empty answer would cost every round a hop.
         """
-        count = max(1, min(len(blocks), hosts or session.hosts_for(len(blocks))))
+        blocks = [block for block in blocks if len(block)]
+        count = min(len(blocks), hosts or session.hosts_for(len(blocks)))
         named = [(f"{name}-{k}", block) for k, block in enumerate(blocks)]
         dealt = [dict(named[len(named) * i // count : len(named) * (i + 1) // count]) for i in range(count)]
         c = session.config
@@ -191,7 +193,8 @@ class NodeGroup(Crew):
         without one a single reference to what is told on each edge."""
         seen = [ref for update in updates for ref in update]
         if cuts is None:
-            return [self.call(i, "corrupt", t, *seen) for i in range(len(self.hosts))]
+            told = [self.call(i, "corrupt", t, *seen) for i in range(len(self.hosts))]
+            return told or [[ray.put((t, {}))]]
         return [self.call(i, "corrupt", t, list(cuts), *seen, returns=len(cuts) - 1) for i in range(len(self.hosts))]
 
     def receive(self, t: int, model: Update) -> None:

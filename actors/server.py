@@ -63,12 +63,13 @@ class Server(Host[ServerBlock]):
         width = len(self.block.model)
         good = [m for m in messages if self.usable(m, round, width)]
         ids = np.concatenate([m.ids for m in good]) if good else np.empty(0, np.int64)
+        rows = np.concatenate([m.rows for m in good]) if good else np.empty((0, width), np.float32)
         first = np.unique(ids, return_index=True)[1]
         if len(first) != len(ids):  # a node has one vote: the first message that names it counts
             self.refused += len(ids) - len(first)
-        rows = np.concatenate([m.rows for m in good]) if good else np.empty((0, width), np.float32)
-        self.traffic.count(ids[first], 4 * width)
-        return self.block.survey(round, ids[first], rows[first])
+            ids, rows = ids[first], rows[first]
+        self.traffic.count(ids, 4 * width)
+        return self.block.survey(round, ids, rows)
 
     def plan(self, round: int, *surveys: Any) -> Any:
         """From the surveys of all shards, in column order."""

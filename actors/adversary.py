@@ -20,8 +20,8 @@ Edges = dict[tuple[int, int], F32]
 class AdversaryBlock(Protocol):
     """The colluding Byzantine nodes of a run with a server."""
 
-    def corrupt(self, round: int, honest: F32) -> tuple[I64, F32]:
-        """Ids (f,) and messages (f, d), after seeing the honest rows (h, d)."""
+    def corrupt(self, round: int, senders: I64, honest: F32) -> tuple[I64, F32]:
+        """Ids (f,) and messages (f, d), after seeing the honest rows (h, d) of `senders`."""
 
     def receive(self, round: int, model: F32) -> None:
         """Take the new model (d,)."""
@@ -37,8 +37,8 @@ class Adversary(Host[AdversaryBlock]):
     def corrupt(self, round: int, cuts: Sequence[int], *honest: Message) -> Message | tuple[Message, ...]:
         """Messages in the shape of the clients', one per shard."""
         (block,) = self.blocks.values()
-        _, rows = joined(honest, len(cuts) - 1)
-        ids, crafted = block.corrupt(round, rows)
+        senders, rows = joined(honest, len(cuts) - 1)
+        ids, crafted = block.corrupt(round, senders, rows)
         return slices(round, ids, crafted, cuts)
 
     def receive(self, round: int, *parts: F32) -> None:

@@ -9,6 +9,7 @@ Notable choices
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -27,6 +28,7 @@ from raysys.runtime.session import Session, wait_until
 
 I64 = NDArray[np.int64]
 Make = Callable[[I64], Any]
+ORDER = itertools.count()
 Update = list[ray.ObjectRef]
 """One host's messages of a round: one reference per shard of columns."""
 
@@ -41,6 +43,8 @@ class Crew:
         self.idle = session.idle.setdefault(repr(sorted(options.items())), [])
         self.remote = ray.remote(Process).options(max_restarts=0, max_task_retries=0, **options)
         self._calls: list[Call] = []
+        self._asked: list[ray.ObjectRef] = []
+        self._becoming: dict[int, ray.ObjectRef] = {}
         self.hosts = [self._enlist(i) for i in range(len(self.arguments))]
 
     def ready(self) -> None:
@@ -50,7 +54,7 @@ class Crew:
     def _enlist(self, host: int, fresh: bool = False) -> Any:
         """A process for one host: one that an earlier crew left, or a new one."""
         process = self.idle.pop() if self.idle and not fresh else self.remote.remote()
-        process.become.remote(self.role, *self.arguments[host])
+        self._becoming[host] = process.become.remote(self.role, *self.arguments[host])
         return process
 
     def call(
@@ -59,7 +63,7 @@ class Crew:
         """Submit a call; a list of its `returns` references."""
         made = self.hosts[host].do.options(num_returns=returns).remote(method, *args)
         refs = made if isinstance(made, list) else [made]
-        self._calls.append(Call(self, host, refs, acknowledged))
+        self._calls.append(Call(self, host, refs, acknowledged, next(ORDER)))
         return refs
 
     def each(self, method: str, *args: Any) -> list[Any]:
@@ -73,9 +77,13 @@ class Crew:
     def kill(self, host: int) -> None:
         ray.kill(self.hosts[host])
 
+    def ask(self) -> None:
+        """Ask every host for a sign of life; `repair` looks at the answers."""
+        self._asked = [host.do.remote("where") for host in self.hosts]
+
     def repair(self) -> list[str]:
         """Replace every host that is dead or does not answer within the session's timeout."""
-        asked = [host.do.remote("where") for host in self.hosts]
+        asked, self._asked = self._asked, []
         ray.wait(asked, num_returns=len(asked), timeout=self.session.config.timeout_s, fetch_local=False)
         dead = [i for i, ref in enumerate(asked) if not self._answers(ref)]
         for i in dead:
@@ -105,7 +113,7 @@ class Crew:
         for i in hosts:
             while True:
                 try:
-                    ray.get(self.hosts[i].do.remote("where"), timeout=wait_until(deadline))
+                    ray.get(self._becoming[i], timeout=wait_until(deadline))
                     break
                 except GetTimeoutError as error:
                     limit = self.session.config.start_timeout_s
@@ -202,12 +210,11 @@ class NodeGroup(Crew):
         for i in range(len(self.hosts)):
             self.call(i, "receive", t, *model, acknowledged=True)
 
-    def exchange(self, t: int, updates: Sequence[Update], told: Update, adjacency: NDArray[np.bool_]) -> None:
+    def exchange(self, t: int, updates: Sequence[Update], told: Update) -> None:
         """Hand every host the models of all hosts (it uses its nodes' neighbours') and what was told on each edge."""
         seen = [ref for update in updates for ref in update]
-        graph = ray.put(adjacency)
         for i in range(len(self.hosts)):
-            self.call(i, "exchange", t, told[0], graph, *seen, acknowledged=True)
+            self.call(i, "exchange", t, told[0], *seen, acknowledged=True)
 
     def statistics(self, t: int) -> list[ray.ObjectRef]:
         """What the evaluation needs of every host."""

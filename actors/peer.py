@@ -26,8 +26,8 @@ class PeerBlock(Protocol):
     def train(self, round: int) -> tuple[I64, F32]:
         """Ids (k,) and models (k, d) that are sent."""
 
-    def exchange(self, round: int, ids: I64, models: F32, edges: Edges) -> None:
-        """Mix what the neighbours sent."""
+    def exchange(self, round: int, ids: I64, models: F32, edges: Edges) -> Sequence[I64]:
+        """Mix what the neighbours sent; whose messages each node received."""
 
     def statistics(self, round: int) -> State:
         """What the evaluation needs."""
@@ -54,22 +54,14 @@ class Peer(Host[PeerBlock]):
         sent = [block.train(round) for block in self.blocks.values()]
         return Message(round, np.concatenate([i for i, _ in sent]), np.concatenate([r for _, r in sent]))
 
-    def exchange(self, round: int, told: tuple[int, Edges], adjacency: NDArray[np.bool_], *honest: Message) -> None:
-        """Mix the models of honest peers (all hosts' messages) and what Byzantine peers told on each edge.
-
-        Args:
-            adjacency: (n, n), this round's graph; messages and bytes are counted on its edges.
-        """
+    def exchange(self, round: int, told: tuple[int, Edges], *honest: Message) -> None:
+        """Mix the models of honest peers (all hosts' messages) and what Byzantine peers told on each edge."""
         width = max((m.rows.shape[1] for m in honest), default=0)
-        good = [m for m in honest if self.usable(m, round, width)]
-        ids, models = joined(good, 1)
+        ids, models = joined([m for m in honest if self.usable(m, round, width)], 1)
         lies = self._well_formed(told, round, width)
-        for name, block in self.blocks.items():
-            for node in self.ids[name]:
-                from_honest = ids[adjacency[node, ids]]
-                self.traffic.count(from_honest, 4 * width)
-                self.traffic.count(np.array([b for b, i in lies if i == node], np.int64), 4 * width)
-            block.exchange(round, ids, models, lies)
+        for block in self.blocks.values():
+            for senders in block.exchange(round, ids, models, lies):
+                self.traffic.count(senders, 4 * width)
 
     def statistics(self, round: int) -> list[State]:
         """One entry per block."""

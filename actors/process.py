@@ -16,7 +16,8 @@ class Process:
     """Runs the methods of its current role, one after the other in the order of the calls."""
 
     def become(self, role: type[Host], *args: Any) -> None:
-        """Drop the old role and build a new one."""
+        """Drop the old role and build a new one; if that fails there is none."""
+        self.role: Host | None = None
         self.role = role(*args)
 
     def do(self, method: str, *args: Any) -> Any:

@@ -79,6 +79,10 @@ class Server(Host[ServerBlock]):
         """Move this shard's columns; the new model (d_s,)."""
         return self.block.step(round, plan)
 
+    def model(self) -> F32:
+        """This shard's columns of the model (d_s,)."""
+        return self.block.model
+
     def outcomes(self) -> dict[str, int]:
         """What the algorithm itself counted; every shard counts the same."""
         return self.block.outcomes()

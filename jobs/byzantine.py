@@ -24,7 +24,7 @@ from actors.peer import Peer
 from jobs.byzantine_matrix import MatrixConfig, check_data, matrix
 from jobs.byzantine_studies import STUDIES
 from jobs.cli import ClusterJob, start
-from raysys.aggregation import BLOCK
+from raysys.aggregation import BLOCK, make_rule
 from raysys.runtime.checkpoint import write_state
 from raysys.runtime.progress import Progress
 from raysys.runtime.rounds import Local, Participant, Rounds
@@ -41,6 +41,8 @@ from raysys.systems.byzantine.task import Task, blocks
 class TrainConfig(ClusterJob, Setting):
     """Train one rule under one attack over Ray actors, beside its baselines."""
 
+    block: int = Field(4, ge=1)
+    """Workers stepped together in one batched pass. A block never spans two hosts, so the layout cannot change a number."""
     execution: Literal["actors", "inprocess"] = "actors"
     """actors: clients, adversaries and server are Ray actors; inprocess: the same numbers in this process."""
     shards: int = Field(1, ge=1, le=1024)
@@ -56,7 +58,7 @@ class TrainConfig(ClusterJob, Setting):
             raise ValueError(
                 f"shards: got {self.shards}; several shards need execution actors, topology server and no normalised"
             )
-        if self.shards > 1 and ":" in self.rule:
+        if self.shards > 1 and not make_rule(self.rule, self.workers, self.byzantine).plannable:
             raise ValueError(f"shards: got {self.shards}; the rule {self.rule} sees whole vectors and cannot be cut")
         return self
 
@@ -92,33 +94,23 @@ def train(config: TrainConfig, run: Run, session: Session) -> None:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in arms.values()}
-    with Progress(len(units) * config.rounds, "train") as progress:
+    done = sum(run.stage(f"{name}/seed{seed}").result is not None for _, name, _, seed in units)
+    with Progress(len(units) * config.rounds, "train", done=done * config.rounds) as progress:
         for _, name, setting, seed in units:
             stage = run.stage(f"{name}/seed{seed}")
             if stage.result is None:
                 progress.note(f"{name}, seed {seed}")
                 train_once(config, setting, seed, stage, session, progress)
-            else:
-                progress.advance(config.rounds)
             results[name].append(stage.result or {})
-    for name, each in results.items():
-        for metric in ("accuracy", "worst_accuracy", "excess_loss", "floor", "predicted_floor"):
-            values = [r[metric] for r in each if r.get(metric) is not None]
-            if values:
-                run.row(metric, mean_ci(values), arm=name)
     lines = []
     for name, each in results.items():
         line: dict[str, Any] = {"arm": name}
-        for metric, unit, digits in (
-            ("accuracy", 100, 1),
-            ("worst_accuracy", 100, 1),
-            ("excess_loss", 1, 4),
-            ("floor", 1, 4),
-            ("predicted_floor", 1, 4),
-        ):
-            values = [unit * r[metric] for r in each if r.get(metric) is not None]
+        for metric, label, unit, digits in REPORTED:
+            values = [r[metric] for r in each if r.get(metric) is not None]
             if values:
-                line[metric + (" (%)" if unit == 100 else "")] = f"{mean_ci(values).mean:.{digits}f}"
+                interval = mean_ci(values)
+                run.row(metric, interval, arm=name)
+                line[label] = f"{unit * interval.mean:.{digits}f}"
         lines.append(line)
     where = "Ray actors" if config.execution == "actors" else "this process"
     run.grid(
@@ -165,10 +157,9 @@ def train_once(
     curve = stage.run.metrics.rows(stage.name)
     result = {**{k: v for k, v in curve[-1].items() if k not in ("stage", "round", "t")}, **counts, "curve": curve}
     if "gradient_sq" in curve[-1]:
-        result["floor"] = claims.tail_floor(curve)
-        result["predicted_floor"] = claims.floor_at_fit(
-            task.rule, setting.workers, setting.byzantine, curve, setting.alpha
-        )
+        result["tail"] = claims.tail_gradient(curve)
+        if setting.sample is None:
+            result["worst_case"] = claims.floor_at_fit(task.rule, setting.honest, curve, setting.alpha)
     stage.finish(result)
 
 
@@ -181,10 +172,16 @@ def with_server(task: Task, loop: Loop, session: Session, shards: int) -> Outcom
     setting, n = task.setting, task.setting.workers
     clients = NodeGroup.spawn(session, Client, task.workers, blocks(task.honest, setting.block), n, name="clients")
     adversaries = NodeGroup.spawn(
-        session, Adversary, task.adversaries, [task.byzantine], n, name="adversaries", hosts=1
+        session, Adversary, task.at_server.adversaries, [task.byzantine], n, name="adversaries", hosts=1
     )
     server = ServerGroup.spawn(
-        session, task.server, task.problem.dimension, n, partial(evaluate_server, task), shards=shards, align=BLOCK
+        session,
+        task.at_server.server,
+        task.problem.dimension,
+        n,
+        partial(evaluate_server, task.at_server),
+        shards=shards,
+        align=BLOCK,
     )
     rounds = loop([clients, adversaries, server])
     for t in rounds:
@@ -195,7 +192,7 @@ def with_server(task: Task, loop: Loop, session: Session, shards: int) -> Outcom
         adversaries.receive(t, model)
         if rounds.due(t):
             rounds.log(t, server.evaluate(model, clients.statistics(t)))
-    final = rounds.after(lambda: np.concatenate([state["model"] for _, state in server.snapshot()]))
+    final = rounds.after(lambda: np.concatenate(server.each("model")))
     counts = rounds.after(lambda: add(server.counters(), clients.counters()) | server.each("outcomes")[0])
     for group in (clients, adversaries, server):
         group.stop()
@@ -206,16 +203,22 @@ def peer_to_peer(task: Task, loop: Loop, session: Session) -> Outcome:
     """The same without a server: peers step, exchange models with their neighbours and mix them robustly."""
     setting, n = task.setting, task.setting.workers
     peers = NodeGroup.spawn(
-        session, Peer, task.peers, blocks(task.honest, setting.block), n, partial(evaluate_peers, task), name="peers"
+        session,
+        Peer,
+        task.peers,
+        blocks(task.honest, setting.block),
+        n,
+        partial(evaluate_peers, task.at_server),
+        name="peers",
     )
     adversaries = NodeGroup.spawn(
-        session, PeerAdversary, task.peer_adversaries, [task.byzantine], n, name="adversaries", hosts=1
+        session, PeerAdversary, task.at_server.peer_adversaries, [task.byzantine], n, name="adversaries", hosts=1
     )
     rounds = loop([peers, adversaries])
     for t in rounds:
         models = peers.train(t)
         (told,) = adversaries.corrupt(t, models)
-        peers.exchange(t, models, told, task.graph.adjacency)
+        peers.exchange(t, models, told)
         if rounds.due(t):
             rounds.log(t, peers.evaluate(peers.statistics(t)))
     each = rounds.after(lambda: np.concatenate([state["model"] for _, state in peers.snapshot()]))
@@ -241,6 +244,14 @@ def add(*counts: Mapping[str, int]) -> dict[str, int]:
     return {key: sum(c[key] for c in counts) for key in counts[0]}
 
 
+REPORTED = [
+    ("accuracy", "accuracy (%)", 100, 1),
+    ("worst_accuracy", "worst peer (%)", 100, 1),
+    ("excess_loss", "L - L*", 1, 4),
+    ("tail", "|grad L|^2, last quarter", 1, 4),
+    ("worst_case", "guaranteed, steps to 0", 1, 4),
+]
+"""Measurement, its column, the factor it is shown with, digits."""
 TOUR = ["mean", "trimmed_mean", "geometric_median", "krum", "nnm+trimmed_mean", "caf"]
 
 

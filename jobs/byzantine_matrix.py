@@ -5,12 +5,15 @@ Cells are independent, so they run as Ray tasks on the in-process simulation, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from jobs.cli import ClusterJob
+from raysys.attacks import Threat
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
@@ -24,7 +27,8 @@ ATTACKS = ["none", "sign_flip", "ipm", "foe", "alie", "min_max", "mimic", "label
 
 
 def check_data(setting: Setting) -> None:
-    """Read the data, divide it and build the model: whatever is wrong with them is found here.
+    """Read the data, divide it, build the model, and let rule and attack meet once on a few random numbers: whatever is
+    wrong with any of them, the user's own code included, is found here.
 
     Raises:
         ValueError: one sentence that names the field.
@@ -32,7 +36,24 @@ def check_data(setting: Setting) -> None:
     task = Task(setting, 0)
     if setting.problem != "quadratic":
         _ = task.partition
-    _ = task.problem, task.rule
+    _ = task.problem
+    if setting.topology != "server":
+        return
+    named("sample" if setting.sample else "rule", str(setting.sample or setting.rule), lambda: task.rule)
+    n, f = task.rule.n, min(setting.byzantine, (task.rule.n - 1) // 2)
+    rng = np.random.default_rng(0)
+    honest = torch.from_numpy(rng.normal(size=(n - f, 7)).astype(np.float32))
+    threat = Threat(n=n, f=f, round=0, rng=rng, rule=task.rule, reference=honest[0], own=honest[:f])
+    named("attack", setting.attack, tried, lambda: task.attack.craft(honest, threat))
+    named("rule", setting.rule, tried, lambda: task.rule.aggregate(honest, reference=honest[0], rng=rng))
+
+
+def tried(work: Callable[[], object]) -> None:
+    """Run what may be the user's code; any failure becomes a ValueError that says what happened."""
+    try:
+        work()
+    except Exception as error:
+        raise ValueError(f"it failed on random numbers ({type(error).__name__}: {error})") from error
 
 
 class MatrixConfig(ClusterJob, Training):
@@ -66,7 +87,11 @@ class MatrixConfig(ClusterJob, Training):
         return self
 
     def check(self) -> None:
-        check_data(self.cell(self.partitions[0], self.rules[0], self.attacks[0]))
+        for partition in self.partitions:
+            check_data(self.cell(partition, self.rules[0], self.attacks[0]))
+        for rule in self.rules:
+            for attack in self.attacks:
+                check_data(self.cell(self.partitions[0], rule, attack))
 
     def cell(self, partition: str, rule: str, attack: str) -> Setting:
         """The setting of one cell."""
@@ -88,7 +113,7 @@ def matrix(config: MatrixConfig, run: Run, session: Session) -> None:
     keys = [(p, r, a) for p in config.partitions for r in config.rules for a in config.attacks]
     seeds = range(config.seed, config.seed + config.seeds)
     units = {f"{p}/{r}/{a}/seed{s}": (train_cell, (config.cell(p, r, a), s)) for p, r, a in keys for s in seeds}
-    results = run_stages(run, units, "matrix")
+    results = run_stages(run, session, units, "matrix")
     cells = {(p, r, a): [results[f"{p}/{r}/{a}/seed{s}"] for s in seeds] for p, r, a in keys}
     rows = claims.matrix_rows(cells)
     for row in rows:

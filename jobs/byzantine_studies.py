@@ -64,7 +64,7 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
     units["misspecified"] = (rows_of, (floors.misspecified_table, {"n": n, "f": n // 10, "seed": config.seed}))
     units["gossip"] = (rows_of, (gossip.gossip_table, {"seed": config.seed}))
     tables: dict[str, list[dict[str, Any]]] = {}
-    for name, result in run_stages(run, units, "theory").items():
+    for name, result in run_stages(run, session, units, "theory").items():
         tables.setdefault(name.partition("/")[0], []).extend(result["rows"])
     lines: dict[int, dict[str, Any]] = {}
     for row in tables["floors"]:
@@ -145,7 +145,7 @@ class AuditConfig(ClusterJob):
 def audit(config: AuditConfig, run: Run, session: Session) -> None:
     """kappa found, beside the formula of the rule and the bound that no rule is below."""
     units = {f"{r}/f={f}": (audit_one, (r, f, config)) for r in config.rules for f in config.byzantine}
-    results = run_stages(run, units, "audit")
+    results = run_stages(run, session, units, "audit")
     table = []
     for rule in config.rules:
         line: dict[str, Any] = {"rule": rule}
@@ -233,6 +233,9 @@ class SweepConfig(ClusterJob, Setting):
 
     def check(self) -> None:
         check_data(self)
+        measured = simulation(Task(self, self.seed)).evaluate(0)
+        if self.metric not in measured:
+            raise ValueError(f"metric: got {self.metric!r}; allowed are {', '.join(measured)}")
         space = parse_space(self.space)
         check_space(space, self.search, self.samples, "asha" if self.asha else None, self.rounds)
         for field in space:
@@ -246,6 +249,7 @@ def sweep_command(config: SweepConfig, run: Run, session: Session) -> None:
     """The trials, their table and a figure; the best trial is the last row of the grid."""
     from raysys.runtime.sweep import sweep  # ray.tune takes a second to import, and no other command needs it
 
+    session.release()
     base = {name: getattr(config, name) for name in Setting.model_fields}
     seeds = list(range(config.seed, config.seed + config.seeds))
     found = sweep(

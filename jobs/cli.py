@@ -44,7 +44,9 @@ Commands = Mapping[str, tuple[type[ClusterJob], Work]]
 def start(system: str, commands: Commands, default: str, description: str) -> None:
     """Run one command of a job from sys.argv."""
     schemas = {name: schema for name, (schema, _) in commands.items()}
-    name, config = command_line(schemas, default, prog=f"python -m jobs.{system}", description=description)
+    name, config = command_line(
+        schemas, default, prog=f"python -m jobs.{system}", description=description.split("\n\n")[0]
+    )
     assert isinstance(config, ClusterJob)
     try:
         config.check()

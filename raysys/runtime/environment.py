@@ -15,6 +15,11 @@ from raysys import __version__
 PACKAGES = ("ray", "torch", "numpy", "scipy", "numba", "scikit-learn", "pyarrow", "safetensors", "pydantic")
 
 
+def cores() -> int:
+    """CPUs this process may use (all of the machine where the system does not say)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> dict[str, str]:
     """Host, cores, memory and versions, as text."""
     facts = {
@@ -22,7 +27,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
         "memory_gb": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
     }
     for package in PACKAGES:

@@ -15,27 +15,33 @@ import ray
 
 from raysys.runtime.progress import Progress
 from raysys.runtime.run import Run
+from raysys.runtime.session import Session
 
 RETRIES = 5
 
 
 def run_stages(
-    run: Run, units: Mapping[str, tuple[Callable[..., Mapping[str, Any]], tuple[Any, ...]]], description: str
+    run: Run,
+    session: Session,
+    units: Mapping[str, tuple[Callable[..., Mapping[str, Any]], tuple[Any, ...]]],
+    description: str,
 ) -> dict[str, dict[str, Any]]:
     """Run `units` (stage name -> function and arguments), as many at a time as the cluster has CPUs.
 
     Functions run in worker processes and return what JSON can hold. An exception in one is raised here, after the
     stages that were already done are recorded.
     """
+    session.release()
     todo = {name: unit for name, unit in units.items() if run.stage(name).result is None}
     with Progress(len(units), description, unit="units", done=len(units) - len(todo)) as progress:
         waiting = iter(todo.items())
         under_way: dict[ray.ObjectRef, str] = {}
-        width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(_call).options(max_retries=RETRIES, num_cpus=1)
         while True:
-            # Two per CPU: a worker that ends one finds the next already there.
-            while len(under_way) < 2 * width and (unit := next(waiting, None)) is not None:
+            # Two per CPU, so that a worker that ends one finds the next already there; some more wait where nodes are yet to
+            # start, for an autoscaler to see.
+            width = max(16, 2 * int(ray.cluster_resources().get("CPU", 0)))
+            while len(under_way) < width and (unit := next(waiting, None)) is not None:
                 name, (function, args) = unit
                 under_way[remote.remote(function, *args)] = name
             if not under_way:

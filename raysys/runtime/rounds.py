@@ -52,6 +52,8 @@ class Call:
     host: int
     refs: list[ray.ObjectRef]
     acknowledged: bool
+    order: int
+    """Position among all calls of the controller: a call depends on earlier ones only."""
 
 
 class Participant(Protocol):
@@ -66,8 +68,11 @@ class Participant(Protocol):
     def kill(self, host: int) -> None:
         """End a host that does not answer."""
 
+    def ask(self) -> None:
+        """Ask for signs of life, without waiting: all participants are asked before any is judged."""
+
     def repair(self) -> list[str]:
-        """Replace what is dead; says what was replaced."""
+        """Replace what is dead or gave no sign of life; says what was replaced."""
 
     def snapshot(self) -> Iterator[tuple[str, State]]:
         """Named states, all of the same round."""
@@ -99,6 +104,9 @@ class Local:
 
     def kill(self, host: int) -> None:
         raise RuntimeError(f"{self.name} runs in this process and cannot be replaced")
+
+    def ask(self) -> None:
+        return
 
     def repair(self) -> list[str]:
         return []
@@ -197,6 +205,9 @@ class Rounds:
                     if not replace:
                         for p in self.participants:
                             p.ready()
+                    if replace:
+                        for p in self.participants:
+                            p.ask()
                     replaced = [what for p in self.participants for what in p.repair()] if replace else []
                     for p in self.participants:
                         p.taken()
@@ -245,7 +256,7 @@ class Rounds:
 
     def _end_those_who_hang(self, calls: list[Call]) -> None:
         """The first call in order of submission that is not done holds up all others: its host hangs."""
-        for call in calls:
+        for call in sorted(calls, key=lambda call: call.order):
             done, _ = ray.wait(call.refs, num_returns=len(call.refs), timeout=0, fetch_local=False)
             if len(done) < len(call.refs):
                 call.owner.kill(call.host)

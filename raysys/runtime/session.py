@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,7 @@ import ray
 from pydantic import Field
 
 from raysys.runtime.config import Config
+from raysys.runtime.environment import cores
 from raysys.runtime.sentences import UserError
 
 SINGLE_THREADED = {
@@ -57,7 +59,7 @@ class Session:
 
     def __init__(self, config: ClusterConfig | None = None) -> None:
         self.config = config or ClusterConfig()
-        self.embedded = False
+        self.embedded = self._warned = False
         self.idle: dict[str, list[Any]] = {}
         """Processes that crews have left, by the resources they hold: the next crew takes them on."""
 
@@ -74,7 +76,8 @@ class Session:
             else:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
                 ray.init(
-                    num_cpus=len(os.sched_getaffinity(0)),
+                    address="local",  # without it Ray would join whatever cluster somebody started on this machine
+                    num_cpus=cores(),
                     include_dashboard=False,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
@@ -94,6 +97,12 @@ class Session:
         if self.embedded:
             ray.shutdown()
 
+    def release(self) -> None:
+        """End the processes that crews have left: what they hold is needed for something else."""
+        while self.idle:
+            for process in self.idle.popitem()[1]:
+                ray.kill(process)
+
     def hosts_for(self, units: int) -> int:
         """How many hosts to start for `units` indivisible blocks of nodes.
 
@@ -105,6 +114,10 @@ class Session:
         c = self.config
         if c.hosts:
             hosts = min(c.hosts, units)
+            if hosts < c.hosts and not self._warned:
+                self._warned = True
+                few = f"only {units} blocks of nodes exist, so {hosts} hosts start (see --block)"
+                print(f"warning: cluster.hosts: got {c.hosts}; {few}", file=sys.stderr, flush=True)
         else:
             fit = cpus / c.cpus_per_host if not c.gpus_per_host else min(cpus / c.cpus_per_host, gpus / c.gpus_per_host)
             hosts = max(1, min(int(fit + 1e-9), units))

@@ -32,6 +32,12 @@ REFUSED = {
     "krum of a rule that does not fit": ["--rule", "bulyan", "--workers", "10", "--byzantine", "3"],
     "no such module": ["--rule", "no_such_module:rule"],
     "no such function": ["--rule", "math:no_such_function"],
+    "peers' attack on a server": ["--attack", "dissensus"],
+    "rule option type": ["--rule", "krum(neighbors=2.5)"],
+    "empty sample": ["--sample", "5"],
+    "server momentum of peers": ["--topology", "ring", "--momentum-at", "server"],
+    "redrawn server": ["--redraw"],
+    "sweep metric": ["sweep", "--metric", "acuracy"],
     "unknown attack": ["--attack", "allie"],
     "attack option": ["--attack", "ipm(eps=2)"],
     "unknown partition": ["--partition", "sorted"],
@@ -147,6 +153,28 @@ def test_training_writes_what_machines_and_people_read(tmp_path, monkeypatch, ca
     page = (run / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.split("<body")[0]
+
+
+def test_peers_train_with_their_baselines(tmp_path, monkeypatch, capsys):
+    words = ["--topology", "erdos_renyi(p=0.7)", "--redraw", "--byzantine", "2", "--attack", "dissensus", "--lr", "0.2"]
+    more = ["--execution", "inprocess", "--rounds", "20", "--seeds", "2", "--out", str(tmp_path)]
+    code, _ = call([*words, *more], monkeypatch, capsys)
+    assert code == 0
+    _, found = summary(tmp_path)
+    assert {row["arm"] for row in found["table"]} >= {"clip_2b", "gossip", "gossip, no attack"}
+    assert found["claims"]
+
+
+def test_a_users_own_rule_meets_every_attack_that_tries_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("def rule(rows, f):\n    return rows.sort(0).values[f : len(rows) - f].mean(0)\n")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("mine.py:rule", "nnm+mine.py:rule"):
+        for attack in ("best_response", "opt_alie"):
+            words = ["--rule", spec, "--attack", attack, "--rounds", "15", "--seeds", "1", "--no-baselines"]
+            code, said = call(
+                [*words, "--execution", "inprocess", "--workers", "8", "--byzantine", "2"], monkeypatch, capsys
+            )
+            assert code == 0, said.err
 
 
 def test_matrix_audit_and_sweep_run_over_ray(ray_cluster, tmp_path, monkeypatch, capsys):

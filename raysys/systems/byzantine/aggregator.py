@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from raysys.aggregation import Plan, Rule, Survey, survey
-from raysys.aggregation.user import UserRule
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.byzantine.setting import Setting
 
@@ -66,7 +65,7 @@ class Aggregator:
             self.rule.requires(alive, max(self.rule.f - lost, 0))
         except ValueError:
             return None
-        if isinstance(self.rule, UserRule):  # it sees whole rows, so there is nothing to plan: `step` calls it
+        if not self.rule.plannable:  # it sees whole rows, so there is nothing to plan: `step` calls it
             return Plan(alive + lost, ())
         return self.rule.plan(joined, rng=self.seeds.rng(Stream.SHUFFLE, 1, round))
 
@@ -77,8 +76,9 @@ class Aggregator:
         if plan is None:
             self.skipped += 1
             return self.model
-        if isinstance(self.rule, UserRule):
-            vector, _, rejected = self.rule.aggregate(stack)
+        if not self.rule.plannable:
+            rng = self.seeds.rng(Stream.SHUFFLE, 1, round)
+            vector, _, rejected = self.rule.aggregate(stack, reference=torch.from_numpy(self.reference), rng=rng)
         else:
             vector, rejected = plan.apply(stack, torch.from_numpy(self.reference)), plan.rejected
         self.rejected += len(rejected)

@@ -11,6 +11,8 @@ Notable choices
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,48 +29,57 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
+Graphs = Callable[[int], Graph]
+"""The graph of a round."""
+
+
 class Peers:
     """A block of honest peers: a model and a momentum each."""
 
     def __init__(
-        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graph: Graph, rule: PeerRule
+        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graphs: Graphs, rule: PeerRule
     ) -> None:
-        self.setting, self.seeds, self.nodes, self.graph, self.rule = setting, seeds, nodes, graph, rule
+        self.setting, self.seeds, self.nodes, self.graphs, self.rule = setting, seeds, nodes, graphs, rule
         self.problem = problem
         self.model = np.repeat(problem.init().numpy()[None], len(nodes), 0)
         self.momentum = np.zeros_like(self.model)
-        self.started = False
+        self.started = np.zeros(len(nodes), dtype=bool)
         self.skipped = 0
-        self.weights = metropolis_hastings(graph)
 
     def train(self, round: int) -> tuple[I64, F32]:
         """Local half-step; ids (k,) and the models (k, d) that are sent. An absent peer neither steps nor sends."""
         here = np.flatnonzero(participants(self.setting, self.seeds, round)[self.nodes])
         gradient = self.problem.gradients(torch.from_numpy(self.model), self.nodes, round).cpu().numpy()
         beta = np.float32(self.setting.momentum if self.setting.momentum_at == "worker" else 0.0)
-        old = self.momentum if self.started else gradient
-        momentum = beta * old + (np.float32(1) - beta) * gradient
-        self.momentum = np.where(np.isin(np.arange(len(self.nodes)), here)[:, None], momentum, old)
-        self.started = True
+        old = np.where(self.started[here, None], self.momentum[here], gradient[here])
+        self.momentum[here] = beta * old + (np.float32(1) - beta) * gradient[here]
+        self.started[here] = True
         self.model[here] -= np.float32(self.setting.step_size(round)) * self.momentum[here]
         return self.nodes[here], self.model[here]
 
-    def exchange(self, round: int, ids: I64, models: F32, edges: dict[tuple[int, int], F32]) -> None:
+    def exchange(self, round: int, ids: I64, models: F32, edges: dict[tuple[int, int], F32]) -> list[I64]:
         """Mix: each present peer takes the half-step models of its present neighbours, and what the Byzantine ones among
         them tell it.
 
         Args:
             ids, models: present honest peers (h',) and their models (h', d), this block's own among them.
             edges: (Byzantine sender, receiver) -> (d,).
+
+        Returns:
+            For each node of the block, whose messages it received: none if it was absent.
         """
+        graph = self.graphs(round)
+        weights = metropolis_hastings(graph)
+        received = [np.empty(0, np.int64) for _ in self.nodes]
         row = {int(i): r for r, i in enumerate(ids)}
         mixed = self.model.copy()
         for k, node in enumerate(self.nodes):
             if int(node) not in row:
                 continue
-            sent = {int(j): models[row[int(j)]] for j in self.graph.neighbours(int(node)) if int(j) in row}
+            sent = {int(j): models[row[int(j)]] for j in graph.neighbours(int(node)) if int(j) in row}
             sent |= {b: v for (b, i), v in edges.items() if i == node}
             senders = sorted(sent)
+            received[k] = np.array(senders, np.int64)
             b = sum(j >= self.setting.honest for j in senders) if self.setting.assumed is None else self.setting.assumed
             finite = [j for j in senders if np.isfinite(sent[j]).all()]
             b = max(b - (len(senders) - len(finite)), 0)
@@ -80,8 +91,9 @@ class Peers:
             if finite:
                 stack = torch.from_numpy(np.stack([sent[j] for j in finite]))
                 own = torch.from_numpy(self.model[k])
-                mixed[k] = self.rule.mix(own, stack, self.weights[node, finite], b).numpy()
+                mixed[k] = self.rule.mix(own, stack, weights[node, finite], b).numpy()
         self.model = mixed
+        return received
 
     def statistics(self, round: int) -> State:
         """The block's models (k, d) and exact local losses (k,), for the evaluation."""
@@ -96,25 +108,31 @@ class Peers:
         return {
             "model": self.model,
             "momentum": self.momentum,
-            "started": np.array(self.started),
+            "started": self.started,
             "skipped": np.array(self.skipped),
         }
 
     def load_state_dict(self, state: State) -> None:
         self.model, self.momentum = state["model"].copy(), state["momentum"].copy()
-        self.started, self.skipped = bool(state["started"]), int(state["skipped"])
+        self.started, self.skipped = state["started"].astype(bool), int(state["skipped"])
 
 
 class PeerAdversaries:
     """All Byzantine peers: they see every honest model and choose what to tell each neighbour."""
 
     def __init__(
-        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graph: Graph, attack: Attack, rule: PeerRule
+        self,
+        problem: Problem,
+        setting: Setting,
+        seeds: Seeds,
+        nodes: I64,
+        graphs: Graphs,
+        attack: Attack,
+        rule: PeerRule,
     ) -> None:
-        self.setting, self.seeds, self.nodes, self.graph, self.attack = setting, seeds, nodes, graph, attack
+        self.setting, self.seeds, self.nodes, self.graphs, self.attack = setting, seeds, nodes, graphs, attack
         self.rule = rule
         self.own = Workers(problem, setting, seeds, nodes)
-        self.weights = metropolis_hastings(graph)
         self.last: F32 | None = None
 
     def corrupt(self, round: int, ids: I64, models: F32) -> dict[tuple[int, int], F32]:
@@ -123,8 +141,9 @@ class PeerAdversaries:
         Args:
             ids, models: present honest peers (h',) and their half-step models (h', d).
         """
-        if not len(self.nodes):
+        if not len(self.nodes) or not len(ids):
             return {}
+        graph = self.graphs(round)
         # Their honest behaviour: a step from the honest average (on flipped labels if the attack is of that kind).
         centre = models.astype(np.float64).mean(0).astype(np.float32)
         self.own.receive(round, centre)
@@ -132,13 +151,13 @@ class PeerAdversaries:
         own = centre - np.float32(self.setting.step_size(round)) * gradient
         if self.attack.data_level:
             chosen = {int(b): own[k] for k, b in enumerate(self.nodes)}
-            return {(b, int(i)): chosen[b] for i in ids for b in chosen if self.graph.adjacency[i, b]}
+            return {(b, int(i)): chosen[b] for i in ids for b in chosen if graph.adjacency[i, b]}
         n, d = self.setting.workers, models.shape[1]
         everyone = np.zeros((n, d), dtype=np.float32)
         everyone[ids], everyone[self.nodes] = models, own
         present = np.zeros(n, dtype=bool)
         present[ids] = present[self.nodes] = True
-        weights = self.weights * np.outer(present, present)
+        weights = metropolis_hastings(graph) * np.outer(present, present)
         threat = Threat(
             n=len(ids) + len(self.nodes),
             f=len(self.nodes),

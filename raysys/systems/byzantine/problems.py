@@ -97,7 +97,7 @@ class Classification:
         # A local step is its own draw: rounds are spaced far apart in the stream's round counter.
         draw = self.seeds.integers(Stream.BATCH, nodes, round + (step << 40), self.batch, self.sizes[nodes])
         rows = torch.from_numpy(self.order[self.start[nodes][:, None] + draw]).to(self.device)
-        leaf = theta.expand(len(nodes), -1).detach().clone().requires_grad_(True)
+        leaf = theta.to(self.device).expand(len(nodes), -1).detach().clone().requires_grad_(True)
         loss = self._loss(leaf, self.x[rows], self._labels(rows, nodes)).sum()
         return torch.autograd.grad(loss, leaf)[0]
 
@@ -107,7 +107,7 @@ class Classification:
         for node in nodes:  # local data sets differ in size, so this is a loop
             rows = torch.from_numpy(self.partition.indices[node]).to(self.device)[None]
             own = theta if theta.dim() == 1 else theta[len(losses)]
-            leaf = own[None].detach().clone().requires_grad_(True)
+            leaf = own.to(self.device)[None].detach().clone().requires_grad_(True)
             loss = self._loss(leaf, self.x[rows], self._labels(rows, np.array([node])))
             losses.append(loss.detach())
             grads.append(torch.autograd.grad(loss.sum(), leaf)[0])

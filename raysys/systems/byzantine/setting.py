@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from raysys.aggregation import make_rule
 from raysys.aggregation.neighbours import make_peer_rule
 from raysys.attacks import make_attack
+from raysys.attacks.peers import PeerAttack
 from raysys.data.partition import parse_partition
 from raysys.graph import make_graph
 from raysys.runtime.config import Config
@@ -73,8 +74,10 @@ class Training(Config):
     topology: str = "server"
     """server, or a graph of peers: complete, ring, torus, star, erdos_renyi(p), exponential, random_regular(k), small_world(...),
     two_cliques(matchings=...)."""
+    redraw: bool = False
+    """Draw the peers' graph anew every round (random graphs such as erdos_renyi): a time-varying topology."""
     peer_rule: str = "clip_2b"
-    """How a peer mixes its neighbours' models: clip_2b, clipped_gossip, nna, monna, bridge, rpel, ios or gossip."""
+    """How a peer mixes its neighbours' models: clip_2b, clipped_gossip, nna, monna, bridge, ios or gossip."""
 
     block: int = Field(16, ge=1)
     """Workers stepped together in one batched pass. A block never spans two hosts, so the layout cannot change a number."""
@@ -96,6 +99,12 @@ class Training(Config):
             raise ValueError(
                 f"topology: got {self.topology}; sample, remember, normalised and local_steps need a server"
             )
+        if self.topology != "server" and self.momentum_at == "server":
+            raise ValueError(
+                f"momentum_at: got server; with the topology {self.topology} there is none, allowed are worker and none"
+            )
+        if self.redraw and self.topology == "server":
+            raise ValueError("redraw: got true; only a graph of peers can be drawn anew, and topology is server")
         return self
 
     @property
@@ -127,9 +136,15 @@ class Setting(Training):
     def _exist(self) -> Self:
         named("partition", self.partition, parse_partition, self.partition)
         named("attack", self.attack, make_attack, self.attack, self.workers, self.byzantine)
+        if self.topology == "server" and isinstance(make_attack(self.attack, self.workers, self.byzantine), PeerAttack):
+            raise ValueError(f"attack: got {self.attack!r}; it needs peers, and topology is server")
         if self.topology == "server":
             f = self.byzantine if self.assumed is None else self.assumed
             named("rule", self.rule, make_rule, self.rule, self.workers, f)
+            if make_rule(self.rule, self.workers, f).trusts_first:
+                raise ValueError(
+                    f"rule: got {self.rule!r}; it trusts one row, a peer's own, and a server has none to trust"
+                )
         else:
             named("peer_rule", self.peer_rule, make_peer_rule, self.peer_rule)
             named("topology", self.topology, make_graph, self.topology, self.workers, np.random.default_rng(0))

@@ -24,8 +24,8 @@ class Simulation:
 
     def step(self, t: int) -> None:
         sent = [client.train(t) for client in self.clients]
-        honest = np.concatenate([rows for _, rows in sent])
-        sent.append(self.adversaries.corrupt(t, honest))
+        who, honest = (np.concatenate(each) for each in zip(*sent, strict=True))
+        sent.append(self.adversaries.corrupt(t, who, honest))
         ids = np.concatenate([i for i, _ in sent])
         model = self.server.aggregate(t, ids, np.concatenate([rows for _, rows in sent]))
         for client in self.clients:

@@ -7,7 +7,7 @@ Notable choices
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -95,9 +95,9 @@ class Task:
             self.device,
         )
 
-    @cached_property
+    @property
     def attack(self) -> Attack:
-        """The run's attack; stateful, so only the adversaries' process may use it to craft."""
+        """A new attack: it learns as the run goes on, so every adversary gets its own."""
         return make_attack(self.setting.attack, self.setting.workers, self.setting.byzantine)
 
     @cached_property
@@ -105,17 +105,22 @@ class Task:
         """The server's rule, told f as the setting says; with sampling, f of the sample by the hypergeometric tail."""
         s = self.setting
         f = s.byzantine if s.assumed is None else s.assumed
-        if s.sample is None or s.sample == s.workers:
+        if s.remember or s.sample is None or s.sample == s.workers:  # who remembers aggregates everyone
             return make_rule(s.rule, s.workers, f)
         chosen = subsampled_f(s.workers, f, s.sample, s.rounds, s.sample_failure)
         return make_rule(s.rule, s.sample, chosen)
 
-    @cached_property
-    def graph(self) -> Graph:
-        return make_graph(self.setting.topology, self.setting.workers, self.seeds.rng(Stream.GRAPH))
+    def graph(self, round: int) -> Graph:
+        """The peers' graph in a round: one for all, or drawn anew from (seed, round), so that nobody has to be told."""
+        return graph_of(self.setting.topology, self.setting.workers, self.seed, round if self.setting.redraw else -1)
 
     def workers(self, nodes: I64) -> Workers:
         return Workers(self.problem, self.setting, self.seeds, nodes)
+
+    @property
+    def at_server(self) -> Task:
+        """The same run for the processes that reserve no GPU: server, adversaries, evaluation."""
+        return replace(self, device="cpu")
 
     def adversaries(self, nodes: I64) -> Adversaries:
         return Adversaries(self.problem, self.setting, self.seeds, nodes, self.attack, self.rule)
@@ -130,6 +135,12 @@ class Task:
     def peer_adversaries(self, nodes: I64) -> PeerAdversaries:
         rule = make_peer_rule(self.setting.peer_rule)
         return PeerAdversaries(self.problem, self.setting, self.seeds, nodes, self.graph, self.attack, rule)
+
+
+@lru_cache(maxsize=4)
+def graph_of(topology: str, n: int, seed: int, round: int) -> Graph:
+    """The graph drawn for (seed, round): every block of a host asks for the same one."""
+    return make_graph(topology, n, Seeds(seed).rng(Stream.GRAPH, 0, round))
 
 
 @lru_cache(maxsize=2)

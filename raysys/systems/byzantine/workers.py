@@ -130,8 +130,9 @@ class Adversaries:
         self.own = Workers(problem, setting, seeds, nodes)
         self.reference: F32 | None = None
 
-    def corrupt(self, round: int, honest: F32) -> tuple[I64, F32]:
-        """Ids (f',) and messages (f', d) of this round's Byzantine participants, after seeing the honest rows (h', d)."""
+    def corrupt(self, round: int, senders: I64, honest: F32) -> tuple[I64, F32]:
+        """Ids (f',) and messages (f', d) of this round's Byzantine participants, after seeing who of the honest workers sent
+        (h',) and what (h', d)."""
         ids, own = self.own.train(round) if self.attack.uses_own else (self.own.present(round), None)
         n = len(honest) + len(ids)
         try:
@@ -146,12 +147,14 @@ class Adversaries:
             rule=self.rule,
             reference=None if self.reference is None else torch.from_numpy(self.reference),
             own=None if own is None else torch.from_numpy(own),
+            ids=senders,
             rng=self.seeds.rng(Stream.ATTACK, 0, round),
         )
         return ids, self.attack.craft(torch.from_numpy(honest), threat).numpy()
 
     def receive(self, round: int, model: F32) -> None:
-        """Take the new model; its change, divided by the step size, is what the server aggregated last."""
+        """Take the new model. The attacker's guess of the last aggregate is its change divided by the step size: right but
+        for server momentum, normalised steps and skipped rounds."""
         self.reference = (self.own.model - model) / np.float32(self.setting.step_size(round))
         self.own.receive(round, model)
 

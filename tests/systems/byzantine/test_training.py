@@ -6,7 +6,7 @@ import torch
 from scipy.stats import hypergeom
 
 from raysys.runtime.seeds import Seeds, Stream
-from raysys.systems.byzantine.claims import matrix_claims, matrix_rows, tail_floor
+from raysys.systems.byzantine.claims import matrix_claims, matrix_rows, tail_gradient
 from raysys.systems.byzantine.setting import Setting
 from raysys.systems.byzantine.simulate import simulation
 from raysys.systems.byzantine.task import Task, blocks
@@ -137,6 +137,16 @@ def test_remembering_absent_workers_sees_everyone_after_their_first_message():
     assert simulated.server.skipped == 0
 
 
+def test_who_remembers_everyone_is_told_the_f_of_everyone():
+    task = Task(Setting(workers=100, byzantine=30, sample=60, remember=True), 0)
+    assert (task.rule.n, task.rule.f) == (100, 30)
+
+
+def test_a_problem_moves_parameters_to_its_device():
+    task = Task(Setting(attack="alie"), 0, device="meta")
+    assert task.problem.gradients(torch.zeros(650), np.arange(3), 0).device.type == "meta"
+
+
 def test_normalised_steps_have_the_length_of_the_step_size():
     simulated = simulation(Task(Setting(normalised=True, attack="alie"), 0))
     before = simulated.model.copy()
@@ -154,9 +164,9 @@ def test_order_of_arrival_changes_no_bit():
     a, b = (simulation(Task(Setting(rule="krum"), 0)) for _ in range(2))
     for t in range(3):
         sent = [c.train(t) for c in a.clients]
-        ids = np.concatenate([i for i, _ in sent] + [a.adversaries.nodes])
-        rows = np.concatenate([r for _, r in sent])
-        rows = np.concatenate([rows, a.adversaries.corrupt(t, rows)[1]])
+        who, rows = (np.concatenate(each) for each in zip(*sent, strict=True))
+        ids = np.concatenate([who, a.adversaries.nodes])
+        rows = np.concatenate([rows, a.adversaries.corrupt(t, who, rows)[1]])
         order = np.random.default_rng(t).permutation(len(ids))
         assert np.array_equal(a.server.aggregate(t, ids, rows), b.server.aggregate(t, ids[order], rows[order]))
 
@@ -200,8 +210,8 @@ def test_blocks_cover_the_nodes_in_order():
     assert [b.tolist() for b in blocks(np.arange(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_floor_is_the_average_of_the_last_quarter():
-    assert tail_floor([{"gradient_sq": v} for v in (9, 9, 9, 9, 9, 9, 1, 3)]) == 2
+def test_tail_is_the_average_of_the_last_quarter():
+    assert tail_gradient([{"gradient_sq": v} for v in (9, 9, 9, 9, 9, 9, 1, 3)]) == 2
 
 
 def test_worst_attack_is_chosen_per_seed():

@@ -20,8 +20,11 @@ class Mimic(Attack):
 
     For `warmup` rounds a running estimate z of the top direction of the honest deviations is refined by one power step
     a round, z <- t/(t+1) z + 1/(t+1) normalised sum_i <x_i - mu, z> (x_i - mu), and the row with the largest <x_i, z>
-    is copied; afterwards the last target is copied for ever. warmup=0 copies row 0. Rows are told apart by their
-    position, so the caller keeps the honest nodes in one order (the server's shuffle comes later).
+    is copied; afterwards the node copied last is copied for ever. warmup=100 is the published number: in a run of fewer
+    rounds the target may change to the end, so give a smaller one there. warmup=0 copies the first row of the first round.
+
+    Nodes are known by `threat.ids`. In a round in which the target is absent, the present row with the largest
+    <x_i, z> is copied (the first one if there is no z), and the target is kept.
     """
 
     name = "mimic"
@@ -35,38 +38,55 @@ class Mimic(Attack):
     def reset(self) -> None:
         self._z: Tensor | None = None
         self._rounds = 0
-        self._target = 0
+        self._target: int | None = None
 
     def rows(self, honest: Tensor, threat: Threat) -> Tensor:
+        ids = np.arange(len(honest)) if threat.ids is None else np.asarray(threat.ids)
         if self._rounds < self.warmup:
-            deviations = honest - honest.mean(0)
-            if self._z is None or self._z.shape != honest.shape[1:]:
-                self._z = torch.from_numpy(threat.rng.standard_normal(honest.shape[1])).to(honest)
-            z = self._z.to(honest)
-            step = deviations.T @ (deviations @ z)
-            size = torch.linalg.vector_norm(step)
-            if size > 0:
-                share = 1.0 / (self._rounds + 1)
-                self._z = (1.0 - share) * z + share * step / size
-            self._target = int((honest @ self._z.to(honest)).argmax())
-            self._rounds += 1
-        return honest[min(self._target, len(honest) - 1)]
+            self._refine(honest, threat.rng)
+            self._target = int(ids[self._farthest(honest)])
+        elif self._target is None:
+            self._target = int(ids[0])
+        place = np.flatnonzero(ids == self._target)
+        return honest[int(place[0]) if len(place) else self._farthest(honest)]
+
+    def _refine(self, honest: Tensor, rng: np.random.Generator) -> None:
+        deviations = honest - honest.mean(0)
+        if self._z is None or self._z.shape != honest.shape[1:]:
+            self._z = torch.from_numpy(rng.standard_normal(honest.shape[1])).to(honest)
+        z = self._z.to(honest)
+        step = deviations.T @ (deviations @ z)
+        size = torch.linalg.vector_norm(step)
+        if size > 0:
+            share = 1.0 / (self._rounds + 1)
+            self._z = (1.0 - share) * z + share * step / size
+        self._rounds += 1
+
+    def _farthest(self, honest: Tensor) -> int:
+        """The row with the largest <x_i, z>."""
+        return 0 if self._z is None else int((honest @ self._z.to(honest)).argmax())
 
     def craft_edges(
         self, models: Tensor, mixing: np.ndarray, byzantine: Sequence[int], threat: Threat
     ) -> dict[tuple[int, int], Tensor]:
-        """One target for the whole network, found among all honest models."""
-        bad = set(byzantine)
-        honest = models[[i for i in range(len(models)) if i not in bad]]
-        row = self.craft(honest, replace(threat, f=1))[0]
+        """One target for the whole network, found among the honest models that are connected in this round."""
+        edge = np.asarray(mixing) > 0
+        np.fill_diagonal(edge, False)
+        present = edge.any(0) | edge.any(1)
+        present[list(byzantine)] = False
+        ids = np.flatnonzero(present)
+        if not len(ids):
+            return {}
+        row = self.craft(models[torch.from_numpy(ids)], replace(threat, f=1, ids=ids))[0]
         return {(int(b), i): row.clone() for i, senders, _ in receivers(mixing, byzantine) for b in senders}
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"counters": torch.tensor([self._rounds, self._target])}
+        state = {"counters": torch.tensor([self._rounds, -1 if self._target is None else self._target])}
         return state if self._z is None else {**state, "direction": self._z}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if "counters" not in state or set(state) - {"counters", "direction"}:
             raise ValueError(f"mimic's state is counters and direction, got {sorted(state)}")
-        self._rounds, self._target = (int(v) for v in state["counters"])
+        self._rounds, target = (int(v) for v in state["counters"])
+        self._target = None if target < 0 else target
         self._z = state.get("direction")

@@ -144,7 +144,7 @@ class Response:
             rng = np.random.default_rng(self._seed)
             output: Tensor = self.rule.aggregate(stack, reference=self.reference, rng=rng).vector
             return output
-        return self.rule(stack)  # type: ignore[no-any-return]
+        return self.rule(stack)
 
     def _stack(self, coefficients: F64) -> Tensor:
         stack = self._columns.new_empty((self.n, self._columns.shape[1]))

@@ -34,7 +34,8 @@ class Threat:
 
     rule: what the receiver aggregates with (a raysys Rule, a peer rule or any callable (n, d) -> (d,)), or None when
     unknown. reference: (d,) previous aggregate or None. own: (f, d) what the Byzantine nodes would honestly send, or
-    None. rng: the attack stream of this round; equal generators give equal attacks.
+    None. rng: the attack stream of this round; equal generators give equal attacks. ids: (h,) who the honest rows are,
+    where not all nodes take part in every round; None stands for 0..h-1.
     """
 
     n: int
@@ -44,6 +45,7 @@ class Threat:
     rule: Any = None
     reference: Tensor | None = None
     own: Tensor | None = None
+    ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.f <= self.n:
@@ -87,7 +89,11 @@ class Attack(ABC):
             return honest.new_zeros((0, d))
         wide = honest.float() if honest.dtype in HALF else honest
         usable = wide.square().sum(1) < torch.finfo(wide.dtype).max / (64 * max(len(wide), 1))
+        if threat.ids is not None and len(threat.ids) != len(honest):
+            raise ValueError(f"threat.ids names each honest row, got {len(threat.ids)} ids for {len(honest)} rows")
         if not usable.all():
+            names = np.arange(len(wide)) if threat.ids is None else np.asarray(threat.ids)
+            threat = replace(threat, ids=names[usable.cpu().numpy()])
             wide = wide[usable]
         if not len(wide):
             return honest.new_zeros((count, d))
@@ -167,5 +173,11 @@ def local_threat(
     if isinstance(rule, PeerRule):
         rule = PeerView(rule, np.asarray(mixing)[i, np.concatenate([honest[1:], senders])], len(senders))
     return replace(
-        threat, n=len(honest) + len(senders), f=len(senders), rule=rule, own=models[senders], reference=models[i]
+        threat,
+        n=len(honest) + len(senders),
+        f=len(senders),
+        rule=rule,
+        own=models[senders],
+        reference=models[i],
+        ids=honest,
     )

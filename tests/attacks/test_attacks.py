@@ -127,10 +127,39 @@ def test_mimic_row_equals_an_honest_row_and_keeps_its_target_after_warm_up():
     assert len(set(outcomes[2:])) == 1
     attack.reset()
     assert set(attack.state_dict()) == {"counters"}
+    assert make_attack("mimic", 10, 2).warmup == 100  # as published
 
 
 def test_mimic_without_warm_up_copies_the_first_worker():
     assert torch.equal(make_attack("mimic(warmup=0)", 7, 2).craft(HONEST, threat()), HONEST[:1].expand(2, 2))
+
+
+def test_mimic_knows_its_target_by_name_and_copies_the_farthest_row_present_while_it_is_away():
+    attack = make_attack("mimic(warmup=2)", 10, 2)
+    place = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None] * torch.eye(6, dtype=torch.float64)[2] * 10.0
+
+    def copied(t, ids):
+        honest = (random_honest(8, 6, t) + place)[torch.from_numpy(ids)]
+        rows = attack.craft(honest, threat(10, 2, round=t, ids=ids))
+        return int(ids[(honest == rows[0]).all(1).numpy()][0])
+
+    everyone = np.arange(8)
+    target = [copied(t, everyone) for t in range(2)][-1]
+    assert target in (0, 7)
+    second = 6 if target == 7 else 1
+    assert copied(2, everyone[::-1].copy()) == target  # another position
+    assert copied(3, np.delete(everyone, target)) == second
+    assert copied(4, np.array([3, target, 5])) == target
+    with pytest.raises(ValueError, match="got 3 ids for 8 rows"):
+        attack.craft(random_honest(8, 6, 0), threat(10, 2, ids=np.arange(3)))
+
+
+def test_ids_follow_the_rows_that_are_usable():
+    attack = make_attack("mimic(warmup=0)", 7, 2)
+    attack.craft(HONEST, threat(ids=np.array([4, 5, 6, 7, 8])))
+    broken = torch.cat([torch.full((1, 2), float("nan"), dtype=torch.float64), HONEST[:3]])
+    rows = attack.craft(broken, threat(6, 2, ids=np.array([3, 5, 4, 8])))
+    assert torch.equal(rows, HONEST[1:2].expand(2, 2))
 
 
 def test_mimic_continues_from_its_state():

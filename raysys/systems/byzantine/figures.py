@@ -149,18 +149,18 @@ def gossip_figure(rows: Iterable[Row]) -> Figure:
     """Variance left after robust gossip against 2b/mu_2, with the guarantee (1/2) and the impossibility (1) marked."""
     found = list(rows)
     figure, axes = _one("2b / μ₂ (Byzantine neighbours against connectivity)", "honest variance, last / first round")
-    for k, key in enumerate(dict.fromkeys((r["rule"], r["attack"]) for r in found)):
-        some = sorted((r for r in found if (r["rule"], r["attack"]) == key), key=lambda r: r["limit"])
+    for k, key in enumerate(dict.fromkeys((r["rule"], r["attack"], r["knows_rule"]) for r in found)):
+        some = sorted((r for r in found if (r["rule"], r["attack"], r["knows_rule"]) == key), key=lambda r: r["limit"])
         axes.plot([r["limit"] for r in some], [min(max(r["ratio"], 1e-25), 1e6) for r in some],
                   linestyle="", marker=MARKS[k % 8],
                   color=COLOURS[k % 8], markerfacecolor=COLOURS[k % 8] if k % 2 == 0 else "none", markersize=8 - 2 * (k % 2),
-                  label=f"{key[0]}, {key[1]}")  # fmt: skip
+                  label=f"{key[0]}, {key[1]}{', rule known' if key[2] == 'yes' else ''}")  # fmt: skip
     axes.axvline(0.5, color="black", linestyle=":", linewidth=1)
     axes.axvline(1.0, color="black", linestyle="-", linewidth=1)
     axes.text(0.48, 1e-5, "clip-2b is safe below", rotation=90, ha="right", va="center", fontsize=7)
     axes.text(1.12, 1e-8, "no rule beyond", rotation=90, ha="right", va="center", fontsize=7)
     axes.set_yscale("log")
-    axes.set_title("gossip on two cliques breaks where 2b meets μ₂")
+    axes.set_title("clip-2b on two cliques: safe below μ₂/2, broken from μ₂ on, in between it depends")
     axes.legend(fontsize=7)
     return figure
 

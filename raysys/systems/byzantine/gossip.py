@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from raysys.aggregation.neighbours import PeerRule, make_peer_rule
 from raysys.attacks import Attack, Threat, make_attack
+from raysys.attacks.peers import Push
 from raysys.graph import Graph, complete, gossip_limit, laplacian, two_cliques
 
 F64 = NDArray[np.float64]
@@ -76,10 +77,14 @@ def gossip_table(
 ) -> list[Row]:
     """The phase transition on two cliques: variance ratio after `rounds` rounds against 2b / mu_2.
 
-    The spectral attack shouts: clip-2b holds until 2b = mu_2, where no rule can. dissensus(epsilon=0.0) whispers: it
+    Below 2b = mu_2 / 2 clip-2b contracts whatever is sent (its guarantee, 2 rho b < mu_2 with rho = 2), from 2b = mu_2
+    on no rule can; in between it depends on the attack. The spectral attack that does not know the rule shouts, and
+    clip-2b holds until 2b = mu_2; the one that tries the rule out picks the length that moves most, and breaks it
+    sooner. dissensus(epsilon=0.0) whispers: it
     repeats the receiver's own model, so that the (2b)-th longest difference is an honest one inside the clique and all
-    is clipped to nothing; clip-2b then stops mixing beyond 2b = mu_2 / 2, which is its guarantee 2 rho b < mu_2 with
-    rho = 2. Rows: graph, b, limit (2b / mu_2), rule, attack, rounds, ratio, breaks (ratio > 1e-3).
+    is clipped to nothing; clip-2b then stops mixing beyond 2b = mu_2 / 2. Attacks that push are run without and with
+    knowledge of the rule. Rows: graph, b, limit (2b / mu_2), rule, attack, knows_rule ("yes" or "no"), rounds, ratio,
+    breaks (ratio > 1e-3).
     """
     start = split_start(size, d, np.random.default_rng(seed))
     rows: list[Row] = []
@@ -90,8 +95,9 @@ def gossip_table(
             for name in rules:
                 for attack in attacks:
                     adversary = make_attack(attack, 2 * size + b, b)
-                    ratios = contraction(graph, b, make_peer_rule(name), adversary, start, rounds, seed)
-                    rows.append(_row(graph, f"two_cliques({size}, {k})", b, name, attack, ratios))
+                    for tell in (False, True) if isinstance(adversary, Push) else (False,):
+                        ratios = contraction(graph, b, make_peer_rule(name), adversary, start, rounds, seed, tell)
+                        rows.append(_row(graph, f"two_cliques({size}, {k})", b, name, attack, ratios, tell))
     return rows
 
 
@@ -111,8 +117,9 @@ def complete_table(
     ]  # fmt: skip
 
 
-def _row(graph: Graph, name: str, b: int, rule: str, attack: str, ratios: F64) -> Row:
+def _row(graph: Graph, name: str, b: int, rule: str, attack: str, ratios: F64, tell: bool = False) -> Row:
     return {
         "graph": name, "b": b, "limit": gossip_limit(graph, b), "rule": rule, "attack": attack,
+        "knows_rule": "yes" if tell else "no",
         "rounds": len(ratios) - 1, "ratio": float(ratios[-1]), "breaks": bool(ratios[-1] > 1e-3),
     }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 Row = Mapping[str, Any]
 PAPER = "Ruan, Wang & Liu 2026 (arXiv 2604.10179), abstract"
 DERIVED = "derived and proved here (docs/byzantine.md)"
+GOSSIP = "Gaucher et al. 2025 (arXiv 2410.10418)"
 WITHIN = 0.01
 
 
@@ -26,14 +27,13 @@ def theory_claims(tables: Mapping[str, Sequence[Row]], optimal: str = "trimmed_m
             _ratio(f"upper and lower bound meet: {optimal}'s floor is f G^2 / (n - (2 + B^2) f)", f"{PAPER}, claim (iv)",
                    [r["measured"] / r["lower_bound"] for r in mine if math.isfinite(r["lower_bound"])])
         )  # fmt: skip
-        below = [
-            max(r["world_0"], r["world_1"]) / r["lower_bound"]
-            for r in tables["floors"]
-            if math.isfinite(r["lower_bound"])
-        ]
+        finite = [r for r in tables["floors"] if math.isfinite(r["lower_bound"])]
+        below = [(r["world_0"] + r["world_1"]) / 2 / r["lower_bound"] for r in finite]
+        names = ", ".join(dict.fromkeys(str(r["rule"]) for r in finite))
         claims.append(
-            _claim("no rule beats the lower bound in the worse of both worlds", DERIVED, min(below) >= 1 - 1e-6, below)
-        )
+            _claim(f"none of {names} falls below the lower bound on average over both worlds, each run on its own "
+                   "(measured / bound)", DERIVED, min(below) >= 1 - WITHIN, below)
+        )  # fmt: skip
         beyond: dict[tuple[Any, ...], list[Row]] = {}
         for r in mine:
             if not math.isfinite(r["lower_bound"]):
@@ -67,20 +67,38 @@ def theory_claims(tables: Mapping[str, Sequence[Row]], optimal: str = "trimmed_m
         rest = [r["measured"] / r["bound"] for r in tables["momentum"] if r["part"] == "heterogeneity"]
         claims.append(_ratio("local momentum leaves the heterogeneity floor untouched", f"{PAPER}, claim (iii)", rest))
     if "gossip" in tables:
-        loud = [r for r in tables["gossip"] if r["rule"] == "clip_2b" and r["attack"] == "spectral"]
-        agree = [float(r["breaks"] == (r["limit"] >= 1)) for r in loud]
-        claims.append(
-            _claim(
-                "robust gossip on two cliques breaks where 2b = mu_2",
-                "Gaucher et al. 2025; measured here",
-                all(agree),
-                agree,
-            )
-        )
+        claims += _gossip_claims([r for r in tables["gossip"] if r["rule"] == "clip_2b"])
     if "misspecified" in tables:
         right = [r["measured"] / r["floor"] for r in tables["misspecified"] if math.isfinite(r["floor"])]
         claims.append(_ratio("assuming f_hat >= f costs f_hat / (n - f - f_hat)", DERIVED, right))
     return claims
+
+
+def _gossip_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What clip-2b's rows on two cliques say; the figures of each are the values of 2b / mu_2 that decided it."""
+    edge = 1e-9
+    low = [r for r in rows if r["limit"] < 0.5 - edge]
+    high = [r for r in rows if r["limit"] >= 1 - edge]
+    between = [r for r in rows if 0.5 - edge <= r["limit"] < 1 - edge]
+    blind = [r for r in rows if r["attack"] == "spectral" and r["knows_rule"] == "no"]
+    broken = [r for r in between if r["breaks"]]
+
+    def limits(some: Sequence[Row]) -> list[float]:
+        return [r["limit"] for r in some]
+
+    return [
+        _claim("clip-2b on two cliques contracts under every attack tried for 2b < mu_2 / 2, its guarantee (2b / mu_2)",
+               f"{GOSSIP}, upper bound", bool(low) and not any(r["breaks"] for r in low), limits(low)),
+        _claim("clip-2b on two cliques is broken by every attack tried for 2b >= mu_2, where no rule can stand (2b / mu_2)",
+               f"{GOSSIP}, impossibility", bool(high) and all(r["breaks"] for r in high), limits(high)),
+        _claim("the spectral attack that does not know the rule breaks clip-2b exactly from 2b = mu_2 on; attacks that do "
+               "know it or whisper break it sooner (2b / mu_2 of its breaks)", "measured here",
+               bool(blind) and all(r["breaks"] == (r["limit"] >= 1 - edge) for r in blind),
+               limits([r for r in blind if r["breaks"]])),
+        _claim(f"observation: for mu_2 / 2 <= 2b < mu_2 it depends on the attack whether clip-2b breaks: {len(broken)} of "
+               f"{len(between)} runs do (2b / mu_2 of those)", "measured here",
+               0 < len(broken) < len(between), limits(broken)),
+    ]  # fmt: skip
 
 
 def _ratio(claim: str, source: str, ratios: Sequence[float]) -> dict[str, Any]:

@@ -72,9 +72,7 @@ class Mimic(Attack):
         """One target for the whole network, found among the honest models that are connected in this round."""
         edge = np.asarray(mixing) > 0
         np.fill_diagonal(edge, False)
-        present = edge.any(0) | edge.any(1)
-        present[list(byzantine)] = False
-        ids = np.flatnonzero(present)
+        ids = np.setdiff1d(np.flatnonzero(edge.any(0) | edge.any(1)), list(byzantine))
         if not len(ids):
             return {}
         row = self.craft(models[torch.from_numpy(ids)], replace(threat, f=1, ids=ids))[0]

@@ -91,8 +91,8 @@ def _gossip_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
                f"{GOSSIP}, upper bound", bool(low) and not any(r["breaks"] for r in low), limits(low)),
         _claim("clip-2b on two cliques is broken by every attack tried for 2b >= mu_2, where no rule can stand (2b / mu_2)",
                f"{GOSSIP}, impossibility", bool(high) and all(r["breaks"] for r in high), limits(high)),
-        _claim("the spectral attack that does not know the rule breaks clip-2b exactly from 2b = mu_2 on; attacks that do "
-               "know it or whisper break it sooner (2b / mu_2 of its breaks)", "measured here",
+        _claim("the spectral attack that does not know the rule breaks clip-2b exactly from 2b = mu_2 on "
+               "(2b / mu_2 of its breaks)", "measured here",
                bool(blind) and all(r["breaks"] == (r["limit"] >= 1 - edge) for r in blind),
                limits([r for r in blind if r["breaks"]])),
         _claim(f"observation: for mu_2 / 2 <= 2b < mu_2 it depends on the attack whether clip-2b breaks: {len(broken)} of "

@@ -177,7 +177,7 @@ def with_server(task: Task, loop: Loop, session: Session, shards: int) -> Outcom
     server = ServerGroup.spawn(
         session,
         task.at_server.server,
-        task.problem.dimension,
+        task.at_server.problem.dimension,
         n,
         partial(evaluate_server, task.at_server),
         shards=shards,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -33,6 +33,7 @@ from raysys.runtime.session import Session
 from raysys.runtime.statistics import mean_ci
 from raysys.systems.byzantine import claims, figures
 from raysys.systems.byzantine.evaluation import evaluate_peers, evaluate_server
+from raysys.systems.byzantine.presets import PRESETS
 from raysys.systems.byzantine.setting import Setting
 from raysys.systems.byzantine.simulate import simulation
 from raysys.systems.byzantine.task import Task, blocks
@@ -40,6 +41,8 @@ from raysys.systems.byzantine.task import Task, blocks
 
 class TrainConfig(ClusterJob, Setting):
     """Train one rule under one attack over Ray actors, beside its baselines."""
+
+    presets: ClassVar = PRESETS
 
     block: int = Field(4, ge=1)
     """Workers stepped together in one batched pass. A block never spans two hosts, so the layout cannot change a number."""

@@ -36,6 +36,9 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    presets: ClassVar[Mapping[str, Callable[[], Mapping[str, Any]]]] = {}
+    """Named starting points for `--preset NAME`: functions that return the values that differ from the defaults."""
+
     @model_validator(mode="before")
     @classmethod
     def _a_truth_value_is_not_a_number(cls, values: Any) -> Any:
@@ -137,9 +140,17 @@ def command_line(
     file = _take("--config", words)
     if file is not None and resume:
         raise UserError("config: got a file beside --resume; a resumed run uses its own configuration")
+    preset = _take("--preset", words)
+    if preset is not None and preset not in schema.presets:
+        known = ", ".join(schema.presets) or "none for this command"
+        raise UserError(f"preset: got {preset!r}; expected one of {known}{closest(preset, schema.presets)}")
+    if preset is not None and (resume or file is not None):
+        raise UserError("preset: got one beside --resume or --config; expected one source of values")
     base = (
         schema.load(_join(resume, "config.yaml"))
         if resume
+        else schema.of(schema.presets[preset]())
+        if preset is not None
         else schema.load(file)
         if file is not None
         else schema.of({})
@@ -224,6 +235,8 @@ def _help(commands: Mapping[str, type[Config]], command: str, top: bool, prog: s
         about += [f"  {name}: {_summary(each)}{' (default)' * (name == command)}" for name, each in commands.items()]
     else:
         about.append(_summary(schema))
+    if schema.presets:
+        about.append(f"--preset NAME gives defaults too: {', '.join(schema.presets)}.")
     about.append("--config FILE.yaml gives defaults, which the flags below override.")
     base = schema.of({})
     usage = f"{prog} [{'|'.join(commands)}]" if top else f"{prog} {command}"

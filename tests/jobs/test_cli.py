@@ -10,6 +10,7 @@ import pytest
 
 from jobs import byzantine
 from jobs.cli import main as raysys
+from raysys.systems.byzantine.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,8 @@ REFUSED = {
     "server momentum of peers": ["--topology", "ring", "--momentum-at", "server"],
     "redrawn server": ["--redraw"],
     "sweep metric": ["sweep", "--metric", "acuracy"],
+    "unknown preset": ["--preset", "near-iid"],
+    "preset of a matrix": ["matrix", "--preset", "near_iid"],
     "unknown attack": ["--attack", "allie"],
     "attack option": ["--attack", "ipm(eps=2)"],
     "unknown partition": ["--partition", "sorted"],
@@ -153,6 +156,15 @@ def test_training_writes_what_machines_and_people_read(tmp_path, monkeypatch, ca
     page = (run / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.split("<body")[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(name, tmp_path, monkeypatch, capsys):
+    more = ["--execution", "inprocess", "--rounds", "4", "--seeds", "1", "--no-baselines", "--out", str(tmp_path)]
+    code, said = call(["--preset", name, *more], monkeypatch, capsys)
+    assert code == 0, said.err
+    _, found = summary(tmp_path)
+    assert (PRESETS[name]() | {"rounds": 4}).items() <= found["config"].items()
 
 
 def test_peers_train_with_their_baselines(tmp_path, monkeypatch, capsys):

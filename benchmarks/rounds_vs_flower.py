@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import numpy as np
-from aggregation_vs_byzfl import PEERS, ROOT, TORCH, cpu
+import results
+from aggregation_vs_byzfl import PEERS, ROOT, TORCH
 from processes import run
 
 FLOWER, SCIKIT_LEARN = "1.42.0", "1.9.1"
@@ -224,26 +224,13 @@ def main() -> None:
     if arguments.ours:
         ours(arguments.ours)
         return
-    import ray
-    import torch
-
     began = time.monotonic()
     python = flower_python()
     cases = [1] if arguments.quick else list(STEPS)
     repetitions, rounds = (1, 15) if arguments.quick else (2, PEER_ROUNDS)
     rows = [compare(steps, python, repetitions, rounds, arguments.peer_cpus) for steps in cases]
-    ratios = np.array([row["ratio"] for row in rows])
-    result = {
-        "peer": "flwr[simulation]", "peer_version": FLOWER, "rows": rows,
-        "geomean_ratio": float(np.exp(np.log(ratios).mean())), "min_ratio": float(ratios.min()),
-        "max_rel_diff": max(row["rel_diff"] for row in rows),
-        "max_accuracy_diff": max(row["max_accuracy_diff"] for row in rows),
-        "memory": "peak PSS of the process tree, sampled every second", "wall_s": time.monotonic() - began,
-        "machine": {
-            "cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "ray": ray.__version__,
-            "torch": torch.__version__, "numpy": np.__version__, "load": os.getloadavg()[0],
-        },
-    }  # fmt: skip
+    differs = max(row["max_accuracy_diff"] for row in rows)
+    result = results.result("flwr[simulation]", FLOWER, rows, began, max_accuracy_diff=differs)
     print(f"\n{'case':28s} {'ours':>8s} {'Flower':>8s}   ratio     memory MB     start s     accuracy  differs by")
     for row in rows:
         print(
@@ -252,8 +239,7 @@ def main() -> None:
             f"{row['accuracy']:.4f}  {row['max_accuracy_diff']:.4f} (parameters {row['rel_diff']:.1e})"
         )
     print(f"geometric mean x{result['geomean_ratio']:.1f}, least x{result['min_ratio']:.1f}, {result['wall_s']:.0f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+    results.write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 10 to 10,000 clients on this machine, each with a momentum of its own, an MLP 64-32-10 on digits (30,000 noisy copies of
 scikit-learn's, so that 10,000 clients have some), one local step on 16 examples, all clients in every round, rule `mean`.
-Ours is the loop of jobs.byzantine.with_server with its barriers every 25 rounds; the only addition is a clock in the hosts.
+Ours is jobs.byzantine.with_server itself with its barriers every 25 rounds; the only addition is a clock in the hosts.
 
 What is measured, over a window of whole rounds after a warm-up that holds exactly as many barriers as it should:
 - A round's wall time: from the first host's start of `train` to the same moment of the next round.
@@ -12,8 +12,10 @@ What is measured, over a window of whole rounds after a warm-up that holds exact
 - Controller overhead: wall time less node time. It holds everything else: messages, scheduling, the server's aggregation,
   barriers, waiting. By the clock, so that what other programs take from a host counts as the host's time; and `strict`, by
   the hosts' CPU time, so that it counts as overhead, as does what our own processes take from each other.
+- Start: from starting the process to the first round, all hosts ready.
 - Memory: peak PSS of driver, hosts, server and Ray (see processes.py), from the start of the process to its end.
 - `10 ms`: 100 clients with as many local steps as take 10 ms of CPU time per client, calibrated in the hosts' place first.
+  The goal is judged by the larger share of two: of the wall time, and of the overhead beside exactly 10 ms per client.
 
 The peer: one Ray actor per client, one call per client and round that brings the model and returns the update, and the same
 aggregation in the driver. The same arithmetic, so the final models are compared.
@@ -24,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import struct
 import sys
 import tempfile
@@ -38,15 +39,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import numpy as np
-from aggregation_vs_byzfl import ROOT, cpu
+import results
+from aggregation_vs_byzfl import ROOT
 from processes import run
 
-SIZES = {10: 325, 50: 325, 100: 325, 1000: 125, 10_000: 30}
+SIZES = {10: 325, 25: 325, 100: 325, 1000: 125, 10_000: 30}
 """Clients -> rounds. All but the first few and the last are counted: a multiple of 25, the rounds between barriers."""
 BARRIER = 25
 LARGEST_BLOCK = 100
 WORK_MS, WORK_CLIENTS, WORK_ROUNDS = 10.0, 100, 55
-PEER_SIZES = {10: 200, 50: 100}
+PEER_SIZES = {10: 200, 25: 100}
 EXAMPLES = 30_000
 OVERHEAD_GOAL, MEMORY_GOAL_GIB = 0.10, 16.0
 COMPARED = 20
@@ -111,15 +113,13 @@ def steps_for(data: Path, clients: int, milliseconds: float) -> int:
 
 
 def ours(ask: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Run the loop and read the hosts' clocks."""
+    """Run the job's loop and read the hosts' clocks."""
+    import jobs.byzantine as job
     from actors.client import Client
-    from actors.group import NodeGroup, ServerGroup
-    from raysys.aggregation.kernels import BLOCK
     from raysys.runtime.rounds import Rounds
     from raysys.runtime.run import Run
     from raysys.runtime.session import Session
-    from raysys.systems.byzantine.evaluation import evaluate_server
-    from raysys.systems.byzantine.task import Task, blocks
+    from raysys.systems.byzantine.task import Task
 
     class Clocked(Client):
         """A host of clients that notes when it works: (round, began, ended, CPU seconds)."""
@@ -144,33 +144,27 @@ def ours(ask: dict[str, Any], data: Path) -> dict[str, Any]:
             return self.worked
 
     class Loop(Rounds):
-        def __iter__(self) -> Iterator[int]:
-            for t in super().__iter__():
-                stamps.append(time.monotonic())
-                yield t
+        """Keeps the model of one early round, and reads the clocks after the last."""
 
-    stamps: list[float] = []
+        def __iter__(self) -> Iterator[int]:
+            clients, *_, server = self.participants
+            for t in super().__iter__():
+                if not seen:
+                    seen["start"] = time.monotonic()
+                if t == COMPARED and ask["compared"]:
+                    seen["model"] = np.concatenate([state["model"] for _, state in server.snapshot()])
+                yield t
+            seen["worked"] = clients.each("clock")
+
+    seen: dict[str, Any] = {}
     c = config(data, ask["clients"], ask["rounds"], ask["local_steps"])
     task = Task(c.arms()["robust"][1], 0)
-    s, n, early = task.setting, ask["clients"], None
+    job.Client = Clocked
     with Session(c.cluster) as session, Run.open(c, system="byzantine", command="train") as folder:
-        clients = NodeGroup.spawn(session, Clocked, task.workers, blocks(task.honest, s.block), n, name="clients")
-        server = ServerGroup.spawn(
-            session, task.server, task.problem.dimension, n, partial(evaluate_server, task), align=BLOCK
-        )
-        parts = [clients, server]
-        for t in Loop(folder.stage("scale"), ask["rounds"], parts, snapshot_every=BARRIER, log_every=10**9):
-            updates = clients.train(t, server.cuts)
-            model = server.aggregate(t, updates)
-            clients.receive(t, model)
-            if t == COMPARED - 1:
-                (early,) = model
-        worked = clients.each("clock")
-        import ray
-
-        compared = np.asarray(ray.get(early)) if early is not None else np.empty(0)
-    np.save(data / "ours.npy", compared)
-    return overhead(worked, ask["rounds"]) | {"start": stamps[1]}
+        loop = partial(Loop, folder.stage("scale"), ask["rounds"], snapshot_every=BARRIER, log_every=10**9)
+        job.with_server(task, loop, session, 1)
+    np.save(data / "ours.npy", seen.get("model", np.empty(0)))
+    return overhead(seen["worked"], ask["rounds"]) | {"start": seen["start"]}
 
 
 def overhead(worked: list[list[tuple[int, float, float, float]]], rounds: int) -> dict[str, float]:
@@ -190,7 +184,7 @@ def overhead(worked: list[list[tuple[int, float, float, float]]], rounds: int) -
     return {
         "rounds_per_s": 1 / wall, "round_ms": 1e3 * wall, "node_ms": 1e3 * busy, "overhead_ms": 1e3 * (wall - busy),
         "overhead": 1 - busy / wall, "strict_overhead": 1 - cpu_busy / wall,
-        "cpu_ms_all_hosts": 1e3 * float(strict[:, window].sum()) / count, "window": count,
+        "cpu_ms_all_hosts": 1e3 * float(strict[:, window].sum()) / count, "window": count, "hosts": len(worked),
     }  # fmt: skip
 
 
@@ -221,7 +215,8 @@ def plain_ray(ask: dict[str, Any], data: Path) -> dict[str, Any]:
     actor = ray.remote(OneClient).options(num_cpus=0)
     clients = [actor.remote(task, node) for node in range(ask["clients"])]
     server, ids = task.server(), np.arange(ask["clients"])
-    stamps, model = [], server.model
+    ray.get([client.__ray_ready__.remote() for client in clients])
+    stamps, model = [time.monotonic()], server.model
     for t in range(ask["rounds"]):
         told = ray.put(model)
         rows = np.concatenate(ray.get([client.step.remote(t, told) for client in clients]))
@@ -231,7 +226,7 @@ def plain_ray(ask: dict[str, Any], data: Path) -> dict[str, Any]:
             np.save(data / "plain.npy", model)
     ray.shutdown()
     first = ask["rounds"] // 5
-    wall = (stamps[-1] - stamps[first]) / (ask["rounds"] - 1 - first)
+    wall = (stamps[-1] - stamps[first]) / (ask["rounds"] - first)
     return {"rounds_per_s": 1 / wall, "round_ms": 1e3 * wall, "start": stamps[0]}
 
 
@@ -269,58 +264,51 @@ def main() -> None:
         (data / "answer.json").write_text(json.dumps(answer))
         return
     import ray
-    import torch
 
     began = time.monotonic()
     sizes = {10: 80, 100: 80} if arguments.quick else SIZES
     peers = {10: 40} if arguments.quick else PEER_SIZES
-    rows, scale, differences = [], [], []
+    rows, scale = [], []
     with tempfile.TemporaryDirectory() as name:
         data = Path(name)
         write_digits(data)
         steps = steps_for(data, WORK_CLIENTS, WORK_MS)
         for clients, rounds in sizes.items():
-            one = measure("ours", data, clients=clients, rounds=rounds, local_steps=1)
+            one = measure("ours", data, clients=clients, rounds=rounds, local_steps=1, compared=clients in peers)
             scale.append(one)
             if clients not in peers:
                 continue
             plain = measure("plain Ray", data, clients=clients, rounds=peers[clients])
             mine, theirs = (np.load(data / f"{side}.npy").astype(np.float64) for side in ("ours", "plain"))
-            differences.append(float(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)))
+            differs = float(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs))
             rows.append(
                 {
                     "case": f"{clients} clients", "ours": one["rounds_per_s"], "peer": plain["rounds_per_s"],
                     "unit": "rounds/s", "ratio": one["rounds_per_s"] / plain["rounds_per_s"],
-                    "rel_diff": differences[-1], "ours_peak_mb": one["peak_mb"], "peer_peak_mb": plain["peak_mb"],
+                    "rel_diff": differs, "ours_peak_mb": one["peak_mb"], "peer_peak_mb": plain["peak_mb"],
                     "ours_start_s": one["start_s"], "peer_start_s": plain["start_s"],
                 }
             )  # fmt: skip
         rounds = 30 if arguments.quick else WORK_ROUNDS
-        work = measure("ours", data, clients=WORK_CLIENTS, rounds=rounds, local_steps=steps)
+        work = measure("ours", data, clients=WORK_CLIENTS, rounds=rounds, local_steps=steps, compared=False)
         work["ms_per_client"] = work["cpu_ms_all_hosts"] / WORK_CLIENTS
+        # The same overhead beside exactly 10 ms per client, whatever the calibration or a busy machine made of them.
+        nominal = WORK_MS * -(-WORK_CLIENTS // work["hosts"])
+        work["overhead_of_nominal"] = work["overhead_ms"] / (work["overhead_ms"] + nominal)
         scale.append(work)
     largest = max(scale, key=lambda one: one["clients"])
+    worst = max(work["overhead"], work["overhead_of_nominal"])
     goals = [
         {
             "goal": f"overhead under {OVERHEAD_GOAL:.0%} at {WORK_CLIENTS} clients with {WORK_MS:g} ms of local work each",
-            "measured": work["overhead"], "limit": OVERHEAD_GOAL, "met": work["overhead"] < OVERHEAD_GOAL,
+            "measured": worst, "limit": OVERHEAD_GOAL, "met": worst < OVERHEAD_GOAL,
         },
         {
             "goal": f"{largest['clients']} clients fit in {MEMORY_GOAL_GIB:g} GiB", "limit": MEMORY_GOAL_GIB,
             "measured": largest["peak_mb"] * 1e6 / 2**30, "met": largest["peak_mb"] * 1e6 / 2**30 < MEMORY_GOAL_GIB,
         },
     ]  # fmt: skip
-    ratios = np.array([row["ratio"] for row in rows])
-    result = {
-        "peer": "one Ray actor per client", "peer_version": ray.__version__, "rows": rows, "scale": scale, "goals": goals,
-        "geomean_ratio": float(np.exp(np.log(ratios).mean())), "min_ratio": float(ratios.min()),
-        "max_rel_diff": max(differences), "memory": "peak PSS of the process tree, sampled every second",
-        "wall_s": time.monotonic() - began,
-        "machine": {
-            "cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "ray": ray.__version__,
-            "torch": torch.__version__, "numpy": np.__version__, "load": os.getloadavg()[0],
-        },
-    }  # fmt: skip
+    result = results.result("one Ray actor per client", ray.__version__, rows, began, scale=scale, goals=goals)
     print(f"\n{'clients':>8s} {'steps':>6s} {'rounds/s':>9s} {'round ms':>9s} {'nodes ms':>9s} {'overhead':>17s} "
           f"{'strict':>7s} {'peak MB':>8s} {'start s':>8s}")  # fmt: skip
     for one in scale:
@@ -335,8 +323,7 @@ def main() -> None:
     for goal in goals:
         print(f"{'met' if goal['met'] else 'MISSED'}: {goal['goal']}: {goal['measured']:.3g}")
     print(f"{result['wall_s']:.0f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
+    results.write(arguments.json, result)
 
 
 if __name__ == "__main__":

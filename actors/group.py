@@ -23,7 +23,8 @@ from actors.host import Host, State
 from actors.message import Traffic
 from actors.process import Process
 from actors.server import Evaluate, Server, ServerBlock
-from raysys.runtime.rounds import Call, is_loss
+from raysys.runtime.participants import Call
+from raysys.runtime.rounds import is_loss
 from raysys.runtime.session import Session, wait_until
 
 I64 = NDArray[np.int64]

@@ -26,8 +26,9 @@ from jobs.byzantine_studies import STUDIES
 from jobs.cli import ClusterJob, start
 from raysys.aggregation import BLOCK, make_rule
 from raysys.runtime.checkpoint import write_state
+from raysys.runtime.participants import Local, Participant
 from raysys.runtime.progress import Progress
-from raysys.runtime.rounds import Local, Participant, Rounds
+from raysys.runtime.rounds import Rounds
 from raysys.runtime.run import Run, Stage
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import mean_ci

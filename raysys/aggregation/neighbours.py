@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysys.aggregation.registry import checked, parse_item
+from raysys.aggregation.registry import checked, make_rule, parse_item
 from raysys.aggregation.user import load
 
 Weights = NDArray[np.float64]
@@ -33,6 +33,9 @@ class PeerRule(ABC):
 
     name: ClassVar[str]
     rho: ClassVar[float | None] = None  # ||F(z) - sum_H z_j||^2 <= rho b sum_H ||z_j||^2, None when no such bound
+
+    pulls: int | None = None
+    """How many neighbours a peer hears in a round, drawn anew each time; None: all of them."""
 
     @abstractmethod
     def combine(self, own: Tensor, neighbours: Tensor, weights: Weights, b: int) -> Tensor:
@@ -241,8 +244,35 @@ class CustomPeerRule(PeerRule):
         return mixed
 
 
+class Rpel(PeerRule):
+    """RPEL: a server rule on the own model and on those pulled from `pulls` random peers, anew every round.
+
+    The caller draws the peers; b is b-hat, the number of Byzantine ones among the pulled that is not exceeded in the whole
+    run but with small probability (systems/byzantine/theory.rpel_b_hat). Messages n * pulls instead of n^2. Weights are
+    not used. Source: El Mrini+ 2025 (2510.08311), spec 2.7.
+    """
+
+    name = "rpel"
+
+    def __init__(self, pulls: int = 15, rule: str = "nnm+trimmed_mean") -> None:
+        if pulls < 1:
+            raise ValueError(f"rpel needs at least one pull, got pulls={pulls}")
+        make_rule(rule, 50, 1)  # a wrong name is told now, not in the first round
+        self.pulls, self.rule = pulls, rule
+
+    def requires(self, k: int, b: int) -> None:
+        super().requires(k, b)
+        make_rule(self.rule, k + 1, b)
+
+    def combine(self, own: Tensor, neighbours: Tensor, weights: Weights, b: int) -> Tensor:
+        z = torch.cat(
+            [torch.zeros_like(own)[None], neighbours - own]
+        )  # differences: no cancellation at a common offset
+        return own + make_rule(self.rule, len(z), b)(z)
+
+
 PEER_RULES: dict[str, type[PeerRule]] = {
-    rule.name: rule for rule in (Gossip, Clip2b, ClippedGossip, NearestNeighbours, Monna, Bridge, Ios)
+    rule.name: rule for rule in (Gossip, Clip2b, ClippedGossip, NearestNeighbours, Monna, Bridge, Ios, Rpel)
 }
 
 

@@ -181,7 +181,7 @@ def test_a_users_function_is_a_peer_rule():
             lambda own, near: make_peer_rule("clipped_gossip(tau=big)"),
             r"peer rule clipped_gossip needs tau of type float \| None, got 'big'",
         ),
-        (lambda own, near: make_peer_rule("rpel"), "unknown peer rule 'rpel'"),
+        (lambda own, near: make_peer_rule("ripple"), "unknown peer rule 'ripple'"),
         (lambda own, near: make_peer_rule("no_module:rule"), "cannot load no_module"),
         (lambda own, near: make_peer_rule("bridge").mix(own, near, even(4), 2), r"2b \+ 1 neighbours, got k=4, b=2"),
         (lambda own, near: make_peer_rule("nna").mix(own, near, even(4), 5), "at least b neighbours, got k=4, b=5"),

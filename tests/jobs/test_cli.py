@@ -63,6 +63,8 @@ REFUSED = {
     "normalised shards": ["--shards", "2", "--normalised"],
     "peers with sampling": ["--topology", "ring", "--sample", "5"],
     "unknown graph": ["--topology", "cube"],
+    "pulls on a ring": ["--topology", "ring", "--peer-rule", "rpel(pulls=3)"],
+    "too few pulls": ["--topology", "complete", "--peer-rule", "rpel(pulls=5)"],
     "unknown peer rule": ["--topology", "ring", "--peer-rule", "clip"],
     "no such run": ["--resume", "no/such/run"],
     "no such config": ["--config", "no_such.yaml"],

@@ -5,7 +5,7 @@ Shapes: k peers of a block, h honest peers, f Byzantine ones, d parameters; mode
 Notable choices
 - Round = local half-step x - lr*m, then one application of the peer rule to the neighbours' half-step models.
 - The number b_i of Byzantine neighbours that a peer's rule is told is the true one: an oracle, as in the literature;
-  `assumed` replaces it with the same number for everyone.
+  `assumed` replaces it with the same number for everyone. Where peers pull (rpel) it is b-hat, which needs no oracle.
 - A Byzantine peer may tell every neighbour something else (`edges`): that is what distinguishes it from a broken server client.
 """
 
@@ -34,12 +34,23 @@ Graphs = Callable[[int], Graph]
 
 
 class Peers:
-    """A block of honest peers: a model and a momentum each."""
+    """A block of honest peers: a model and a momentum each.
+
+    b: how many Byzantine neighbours the rule is told of; None: the true number of each peer, an oracle.
+    """
 
     def __init__(
-        self, problem: Problem, setting: Setting, seeds: Seeds, nodes: I64, graphs: Graphs, rule: PeerRule
+        self,
+        problem: Problem,
+        setting: Setting,
+        seeds: Seeds,
+        nodes: I64,
+        graphs: Graphs,
+        rule: PeerRule,
+        b: int | None,
     ) -> None:
         self.setting, self.seeds, self.nodes, self.graphs, self.rule = setting, seeds, nodes, graphs, rule
+        self.b = b
         self.problem = problem
         self.model = np.repeat(problem.init().numpy()[None], len(nodes), 0)
         self.momentum = np.zeros_like(self.model)
@@ -78,9 +89,12 @@ class Peers:
                 continue
             sent = {int(j): models[row[int(j)]] for j in graph.neighbours(int(node)) if int(j) in row}
             sent |= {b: v for (b, i), v in edges.items() if i == node}
+            if self.rule.pulls is not None:
+                draw = self.seeds.rng(Stream.GRAPH, int(node) + 1, round).permutation(graph.neighbours(int(node)))
+                sent = {int(j): sent[int(j)] for j in draw[: self.rule.pulls] if int(j) in sent}
             senders = sorted(sent)
             received[k] = np.array(senders, np.int64)
-            b = sum(j >= self.setting.honest for j in senders) if self.setting.assumed is None else self.setting.assumed
+            b = sum(j >= self.setting.honest for j in senders) if self.b is None else self.b
             finite = [j for j in senders if np.isfinite(sent[j]).all()]
             b = max(b - (len(senders) - len(finite)), 0)
             try:

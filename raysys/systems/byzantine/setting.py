@@ -15,6 +15,7 @@ from raysys.attacks.peers import PeerAttack
 from raysys.data.partition import parse_partition
 from raysys.graph import make_graph
 from raysys.runtime.config import Config
+from raysys.systems.byzantine.theory import rpel_b_hat
 
 
 class Training(Config):
@@ -77,7 +78,7 @@ class Training(Config):
     redraw: bool = False
     """Draw the peers' graph anew every round (random graphs such as erdos_renyi): a time-varying topology."""
     peer_rule: str = "clip_2b"
-    """How a peer mixes its neighbours' models: clip_2b, clipped_gossip, nna, monna, bridge, ios or gossip."""
+    """How a peer mixes its neighbours' models: clip_2b, clipped_gossip, nna, monna, bridge, ios, rpel(pulls=15) or gossip."""
 
     block: int = Field(16, ge=1)
     """Workers stepped together in one batched pass. A block never spans two hosts, so the layout cannot change a number."""
@@ -147,6 +148,15 @@ class Setting(Training):
                 )
         else:
             named("peer_rule", self.peer_rule, make_peer_rule, self.peer_rule)
+            pulls = make_peer_rule(self.peer_rule).pulls
+            if pulls is not None:
+                if self.topology != "complete" or pulls >= self.workers:
+                    raise ValueError(
+                        f"peer_rule: got {self.peer_rule!r}; it needs topology complete and pulls below {self.workers}"
+                    )
+                f = self.byzantine if self.assumed is None else self.assumed
+                b = rpel_b_hat(self.workers, f, pulls, self.rounds, self.sample_failure)
+                named("peer_rule", self.peer_rule, make_peer_rule(self.peer_rule).requires, pulls, b)
             named("topology", self.topology, make_graph, self.topology, self.workers, np.random.default_rng(0))
         return self
 

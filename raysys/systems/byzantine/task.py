@@ -25,7 +25,7 @@ from raysys.systems.byzantine.dissimilarity import planted_quadratics
 from raysys.systems.byzantine.peers import PeerAdversaries, Peers
 from raysys.systems.byzantine.problems import Classification, Problem, Quadratics
 from raysys.systems.byzantine.setting import Setting
-from raysys.systems.byzantine.theory import subsampled_f
+from raysys.systems.byzantine.theory import rpel_b_hat, subsampled_f
 from raysys.systems.byzantine.workers import Adversaries, Workers
 
 I64 = NDArray[np.int64]
@@ -129,8 +129,11 @@ class Task:
         return Aggregator(self.problem.init().numpy(), self.setting, self.rule, self.seeds, columns)
 
     def peers(self, nodes: I64) -> Peers:
-        rule = make_peer_rule(self.setting.peer_rule)
-        return Peers(self.problem, self.setting, self.seeds, nodes, self.graph, rule)
+        rule, s = make_peer_rule(self.setting.peer_rule), self.setting
+        b = s.assumed
+        if rule.pulls is not None:
+            b = rpel_b_hat(s.workers, s.byzantine if b is None else b, rule.pulls, s.rounds, s.sample_failure)
+        return Peers(self.problem, s, self.seeds, nodes, self.graph, rule, b)
 
     def peer_adversaries(self, nodes: I64) -> PeerAdversaries:
         rule = make_peer_rule(self.setting.peer_rule)

@@ -192,6 +192,29 @@ def test_peers_agree_and_learn_under_attack():
     assert measured["consensus"] < 0.05
 
 
+def test_rpel_pulls_as_many_random_peers_as_it_says_and_is_told_b_hat():
+    values = {"topology": "complete", "workers": 30, "byzantine": 6, "peer_rule": "rpel(pulls=15)", "rounds": 200}
+    task = Task(Setting.of({**values, "attack": "dissensus"}), 0)
+    simulated = simulation(task)
+    peers = simulated.peers[0]
+    assert peers.b == 6  # the table of spec 2.7: n = 30, b = 6, s = 15
+    ids, models = peers.train(0)
+    others = [p.train(0) for p in simulated.peers[1:]]
+    ids = np.concatenate([ids, *[i for i, _ in others]])
+    models = np.concatenate([models, *[m for _, m in others]])
+    told = simulated.adversaries.corrupt(0, ids, models)
+    heard = [peers.exchange(t, ids, models, told) for t in range(2)]
+    assert {len(h) for h in heard[0]} == {15}
+    assert heard[0][0].tolist() != heard[0][1].tolist() != heard[1][1].tolist()
+    assert any((h >= 24).any() for h in heard[0])
+
+
+def test_rpel_learns_with_half_the_messages_under_attack():
+    values = {"topology": "complete", "workers": 20, "byzantine": 2, "lr": 0.3, "rounds": 60, "attack": "dissensus"}
+    measured = run(**values, peer_rule="rpel(pulls=9)").evaluate(59)
+    assert measured["worst_accuracy"] > 0.85
+
+
 def test_state_dicts_restore_every_bit():
     values = {"attack": "mimic", "rule": "centered_clipping", "dropout": 0.2, "remember": True}
     whole = run(**values, rounds=20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,13 @@ def end_idle() -> None:
     while IDLE:
         for process in IDLE.popitem()[1]:
             ray.kill(process)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_process() -> Iterator[None]:
+    """What idle processes hold would starve the tests of other folders."""
+    yield
+    end_idle()
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ WORKERS, HIDDEN, BATCH, L2, SEED = 100, 32, 16, 1e-3, 0
 STEPS = {1: 0.5, 5: 0.2}
 """Local steps -> local step size."""
 OUR_WARM_UP, OUR_ROUNDS = 50, 450
-PEER_WARM_UP, PEER_ROUNDS = 3, 25
+PEER_WARM_UP, PEER_ROUNDS = 3, 20
 NEVER = 10**9
 
 

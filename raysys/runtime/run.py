@@ -282,8 +282,7 @@ class Run:
         def stop(number: int, frame: FrameType | None) -> None:
             raise SystemExit(128 + number)
 
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        if threading.current_thread() is threading.main_thread():
             return signal.signal(signal.SIGTERM, stop)
         return None
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -69,6 +71,7 @@ class Session:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = self.config.address or os.environ.get("RAY_ADDRESS")
         environment = {"env_vars": SINGLE_THREADED}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 knock(address)
@@ -88,6 +91,8 @@ class Session:
             raise UserError(
                 f"address: {where} could not be reached or started ({str(error).splitlines()[0]})"
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end an open run without its exit code
         self.embedded = not address
         return self
 

@@ -89,7 +89,7 @@ def test_every_named_graph_is_connected_and_repeats_under_its_seed(name):
         ("rng", 5, "unknown graph 'rng'"),
         ("ring(k=2)", 5, "unexpected keyword argument 'k'"),
         ("ring(2)", 5, "key=value"),
-        ("__import__('os').getcwd()", 5, r"name\(key=value|unknown graph"),
+        ("__import__('os').getcwd()", 5, "not of the form key=value"),
         ("two_cliques(matchings=7)", 12, "1 <= matchings <= size, got size=6, matchings=7"),
         ("two_cliques", 7, "even number of peers, got n=7"),
         ("random_regular(degree=3)", 5, "n=5, degree=3"),

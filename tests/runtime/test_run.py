@@ -239,11 +239,12 @@ def test_ctrl_c_records_the_interruption_and_exits_with_130(tmp_path: Path, caps
 
 
 def test_sigterm_ends_a_run_with_a_summary(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop, start(str(tmp_path)) as run:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.code == 128 + signal.SIGTERM
     assert summary(run)["status"] == "interrupted"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_many_small_stages_are_cheap_in_files(tmp_path: Path) -> None:

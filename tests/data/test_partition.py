@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.data import make_partition
+from raysys.data.partition import skew_mixtures
 
-SPECS = ["iid", "dirichlet(0.1)", "dirichlet(100)", "shards(2)", "gamma(0.5)", "gamma(0)", "gamma(1)"]
+SPECS = ["iid", "dirichlet(0.1)", "dirichlet(100)", "shards(2)", "gamma(0.5)", "gamma(0)", "gamma(1)", "skew"]
 
 
 @given(
@@ -62,6 +63,52 @@ def test_natural_partition_never_splits_a_group():
     part = make_partition("natural", np.zeros(90, dtype=np.int64), 4, np.random.default_rng(0), group=group)
     homes = [set(group[i]) for i in part.indices]
     assert sum(len(h) for h in homes) == 7
+
+
+def skewed(totals, nodes, seed=0):
+    labels = np.random.default_rng(9).permutation(np.repeat(np.arange(len(totals)), totals))
+    part = make_partition("skew", labels, nodes, np.random.default_rng(seed))
+    return part.counts(labels, len(totals))
+
+
+def test_skew_of_two_equal_classes_on_ten_nodes_has_exactly_the_published_counts():
+    assert skewed([500, 500], 10).tolist() == [[90, 10]] * 3 + [[10, 90]] * 3 + [[50, 50]] * 4
+
+
+def test_skew_of_three_classes_on_ten_nodes_has_the_published_mixtures():
+    published = [[0.9, 0.05, 0.05]] * 4 + [[0.05, 0.9, 0.05]] * 3 + [[0.05, 0.05, 0.9]] * 3
+    np.testing.assert_allclose(skew_mixtures(10, 3), published)
+    exact = skewed([390, 305, 305], 10)  # totals that permit nodes of 100
+    np.testing.assert_array_equal(exact, np.array(published) * 100)
+    equal = skewed([10000] * 3, 10)  # totals that do not: the sizes give way, the mixtures stay
+    np.testing.assert_allclose(equal / equal.sum(1, keepdims=True), published, atol=1e-3)
+    assert equal.sum(0).tolist() == [10000] * 3
+
+
+def test_skew_keeps_its_mixtures_for_the_class_totals_of_sst2():
+    counts = skewed([3310, 3610], 10)
+    np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), skew_mixtures(10, 2), atol=2e-3)
+
+
+def test_skew_beyond_what_the_totals_permit_still_uses_each_example_once_and_keeps_the_order_of_preference():
+    counts = skewed([990, 10], 10)
+    assert counts.sum(0).tolist() == [990, 10]
+    share = counts[:, 0] / counts.sum(1)
+    assert share[:3].min() > share[6:].mean() > share[3:6].mean()
+
+
+def test_skew_with_more_classes_than_nodes_gives_each_node_a_block_of_classes():
+    counts = skewed([50] * 150, 10)
+    own = np.array([counts[i, 15 * i : 15 * i + 15].sum() for i in range(10)])
+    np.testing.assert_allclose(own / counts.sum(1), 0.9, atol=0.01)
+    assert (counts.sum(0) == 50).all()
+
+
+@pytest.mark.parametrize(("nodes", "classes"), [(1, 5), (2, 2), (3, 2), (4, 1), (7, 2), (7, 3), (100, 6), (3, 3)])
+def test_skew_mixtures_are_distributions_for_any_number_of_nodes(nodes, classes):
+    mixture = skew_mixtures(nodes, classes)
+    assert mixture.shape == (nodes, classes)
+    np.testing.assert_allclose(mixture.sum(1), 1)
 
 
 def test_partition_depends_on_its_seed_alone():

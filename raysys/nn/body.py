@@ -1,0 +1,150 @@
+"""Texts through a frozen body, with the LoRA factors of many nodes at once.
+
+Shapes: k nodes, b texts per node, T tokens of all texts, L tokens of the longest text of a batch, d hidden size, C classes.
+
+Notable choices
+- Below the lowest adapted layer nothing ever changes, so its input is computed once per text and kept (`Encoded`); a training
+  step then runs the adapted top layers only. That is exact, not an approximation.
+- The model's own forward pass is used, with the kept states put in at the lowest adapted layer and the layers below it passed
+  over: masks, position embeddings and final norms stay the library's business, whatever the kind of model.
+- What comes out is one vector per text; a classifier is a matrix on it, which its owner keeps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raysys.nn.lora import GroupedLora, Layout, layer_stack
+from raysys.nn.pretrained import Base
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as they enter the lowest adapted layer: text i is `hidden[start[i] : start[i] + length[i]]`, hidden (T, d)."""
+
+    start: Tensor
+    length: Tensor
+    hidden: Tensor
+
+
+class _Reached(Exception):
+    """The forward pass got to the layer whose input is wanted."""
+
+
+class _Passed(nn.Module):
+    """Stands in for a layer whose output is not needed."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+
+class TextBody:
+    """pool(body(text)), the body's top layers with the factors of k nodes. max_length: tokens kept of a text or pair."""
+
+    def __init__(self, base: Base, layout: Layout, max_length: int, bf16: bool = False) -> None:
+        self.base, self.layout, self.max_length = base, layout, max_length
+        self.device = next(base.model.parameters()).device
+        self.lower = base.model
+        self.model = copy.deepcopy(base.model)
+        self.lora = GroupedLora(self.model, layout, bf16)
+        self.stack = layer_stack(base.model)
+        self.lowest = layout.lowest(self.stack)
+        layers = self.model.get_submodule(self.stack)
+        self.whole = [layers[i] for i in range(self.lowest)]  # type: ignore[index]
+
+    def tokens(self, first: Sequence[str], second: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Padded token ids and masks of texts or pairs of texts."""
+        made = self.base.tokenizer(
+            list(first),
+            None if second is None else list(second),
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        return {key: value.to(self.device) for key, value in made.items()}
+
+    @torch.no_grad()
+    def lower_states(self, first: Sequence[str], second: Sequence[str] | None = None) -> list[Tensor]:
+        """Each text's input (tokens, d) to the lowest adapted layer, all run as one batch."""
+        made = self.tokens(first, second)
+        hidden = self._reach(made)
+        return [row[: int(mask.sum())] for row, mask in zip(hidden, made["attention_mask"], strict=True)]
+
+    def _reach(self, made: dict[str, Tensor]) -> Tensor:
+        """Input (b, L, d) of the lowest adapted layer."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        layer = self.lower.get_submodule(f"{self.stack}.{self.lowest}")
+        handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.lower(**made)
+        except _Reached:
+            return found[0]
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{type(self.lower).__name__} did not call its layer {self.lowest}")
+
+    def pooled(
+        self, encoded: Encoded, rows: I64, a: Tensor, b: Tensor, shift: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """(k, b, d) for texts `rows` (k, b) of the encoded ones, node i with factors a[i], b[i]. Differentiable in a and b."""
+        flat = torch.from_numpy(rows.reshape(-1)).to(self.device)
+        length = encoded.length[flat]
+        position = torch.arange(int(length.max()), device=self.device)
+        mask = (position < length[:, None]).long()
+        hidden = encoded.hidden[(encoded.start[flat][:, None] + position.minimum(length[:, None] - 1))]
+        with self.lora.factors(a, b, shift), self._entered_at(hidden):
+            out = self.model(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        return pool(out, mask, self.base.causal).view(*rows.shape, -1)
+
+    def pooled_tokens(self, made: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """(N, d) for a batch of new texts: N / k texts for each of the k sets of factors, in order."""
+        with self.lora.factors(a, b):
+            return pool(self.model(**made).last_hidden_state, made["attention_mask"], self.base.causal)
+
+    @contextmanager
+    def _entered_at(self, hidden: Tensor) -> Iterator[None]:
+        """Within: the lowest adapted layer gets `hidden`, and what is below it is passed over."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+
+        layers: Any = self.model.get_submodule(self.stack)
+        handle = layers[self.lowest].register_forward_pre_hook(enter, with_kwargs=True)
+        for i in range(self.lowest):
+            layers[i] = _Passed()
+        try:
+            yield
+        finally:
+            handle.remove()
+            for i, layer in enumerate(self.whole):
+                layers[i] = layer
+
+
+def pool(out: Tensor, mask: Tensor, causal: bool) -> Tensor:
+    """(N, d) from the last hidden states (N, L, d): the mean over the text, or its last token where tokens see only the past."""
+    if causal:
+        return out[torch.arange(len(out), device=out.device), mask.sum(1) - 1]
+    weights = mask.to(out.dtype)[..., None]
+    return (out * weights).sum(1) / weights.sum(1)
+
+
+def random_head(classes: int, width: int, generator: torch.Generator, std: float = 0.02) -> Tensor:
+    """(C, d) frozen head, N(0, std^2): the initialisation of Hugging Face's classification heads."""
+    return torch.randn(classes, width, generator=generator) * std

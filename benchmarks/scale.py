@@ -92,7 +92,8 @@ def steps_for(data: Path, clients: int, milliseconds: float) -> int:
     """Local steps that take one client this much CPU time when its block is stepped as a host steps it."""
     import torch
 
-    from raysys.systems.byzantine.task import Task, blocks
+    from raysys.runtime.blocks import blocks
+from raysys.systems.byzantine.task import Task
 
     torch.set_num_threads(1)
     tried = 20

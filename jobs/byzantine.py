@@ -25,6 +25,7 @@ from jobs.byzantine_matrix import MatrixConfig, check_data, matrix
 from jobs.byzantine_studies import STUDIES
 from jobs.cli import ClusterJob, start
 from raysys.aggregation import BLOCK, make_rule
+from raysys.runtime.blocks import blocks
 from raysys.runtime.checkpoint import write_state
 from raysys.runtime.participants import Local, Participant
 from raysys.runtime.progress import Progress
@@ -37,7 +38,7 @@ from raysys.systems.byzantine.evaluation import evaluate_peers, evaluate_server
 from raysys.systems.byzantine.presets import PRESETS
 from raysys.systems.byzantine.setting import Setting
 from raysys.systems.byzantine.simulate import simulation
-from raysys.systems.byzantine.task import Task, blocks
+from raysys.systems.byzantine.task import Task
 
 
 class TrainConfig(ClusterJob, Setting):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from raysys.runtime.blocks import blocks
 from raysys.systems.byzantine.evaluation import evaluate_peers, evaluate_server
-from raysys.systems.byzantine.task import Task, blocks
+from raysys.systems.byzantine.task import Task
 from raysys.systems.byzantine.workers import State
 
 

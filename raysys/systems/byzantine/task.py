@@ -150,8 +150,3 @@ def graph_of(topology: str, n: int, seed: int, round: int) -> Graph:
 def dataset(source: str) -> Dataset:
     """The data of `source`, read once per process: a worker that runs many cells of a matrix reads it for the first."""
     return load_dataset(source)
-
-
-def blocks(nodes: I64, size: int) -> list[I64]:
-    """Consecutive groups of `size` nodes (the last may be smaller): the unit that is stepped together and never split."""
-    return [nodes[i : i + size] for i in range(0, len(nodes), size)]

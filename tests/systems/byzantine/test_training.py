@@ -5,11 +5,12 @@ import pytest
 import torch
 from scipy.stats import hypergeom
 
+from raysys.runtime.blocks import blocks
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.byzantine.claims import matrix_claims, matrix_rows, tail_gradient
 from raysys.systems.byzantine.setting import Setting
 from raysys.systems.byzantine.simulate import simulation
-from raysys.systems.byzantine.task import Task, blocks
+from raysys.systems.byzantine.task import Task
 from raysys.systems.byzantine.workers import participants
 
 

@@ -1,8 +1,16 @@
 """Topologies, graph processes, mixing matrices and spectral quantities."""
 
+from raysys.graph.contraction import (
+    RunningContraction,
+    contraction,
+    contraction_closed_form,
+    contraction_monte_carlo,
+)
+from raysys.graph.finite_time import base_graph
 from raysys.graph.graph import Graph
-from raysys.graph.mixing import MIXING, lazy, max_degree, metropolis_hastings, uniform
-from raysys.graph.process import GraphProcess, fixed, resampled_erdos_renyi
+from raysys.graph.links import FAMILIES
+from raysys.graph.mixing import MIXING, Matrix, laplacian_step, lazy, max_degree, metropolis_hastings, pairwise, uniform
+from raysys.graph.process import Process, make_process
 from raysys.graph.spectral import (
     algebraic_connectivity,
     fiedler_vector,
@@ -26,25 +34,33 @@ from raysys.graph.topologies import (
 )
 
 __all__ = [
+    "FAMILIES",
     "GRAPHS",
     "MIXING",
     "Graph",
-    "GraphProcess",
+    "Matrix",
+    "Process",
+    "RunningContraction",
     "algebraic_connectivity",
+    "base_graph",
     "complete",
+    "contraction",
+    "contraction_closed_form",
+    "contraction_monte_carlo",
     "erdos_renyi",
     "exponential",
     "fiedler_vector",
-    "fixed",
     "gossip_limit",
     "honest_connectivity",
     "laplacian",
+    "laplacian_step",
     "lazy",
     "make_graph",
+    "make_process",
     "max_degree",
     "metropolis_hastings",
+    "pairwise",
     "random_regular",
-    "resampled_erdos_renyi",
     "ring",
     "small_world",
     "spectral_gap",

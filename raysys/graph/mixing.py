@@ -1,8 +1,8 @@
 """Mixing matrices: (n, n) float64, row i holds the weights peer i gives to what it receives.
 
 Notable choices
-- Symmetric and doubly stochastic (metropolis_hastings, max_degree, lazy of those), so plain gossip keeps the average
-  exactly; `uniform` is row-stochastic only and says so.
+- Symmetric and doubly stochastic (all but `uniform`), so plain gossip keeps the average exactly; `uniform` is
+  row-stochastic only and says so.
 - The diagonal is written as one minus the rest of its row, so that rows sum to one to the last bit or two.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysys.graph.graph import Graph
+from raysys.graph.spectral import laplacian
 
 Matrix = NDArray[np.float64]
 
@@ -30,6 +31,24 @@ def metropolis_hastings(graph: Graph) -> Matrix:
 def max_degree(graph: Graph) -> Matrix:
     """w_ij = 1 / (1 + largest degree) on edges: I - L / (1 + max degree), doubly stochastic."""
     return _closed(graph.adjacency / (1.0 + graph.degree.max()))
+
+
+def laplacian_step(graph: Graph) -> Matrix:
+    """I - 2 L / (3 lambda_max(L)), doubly stochastic with spectrum in [1/3, 1]; a graph without edges gives I.
+
+    Source: the rule of Dec-LoRA (Ghiasvand+ 2025); specs/tad_lora.md section 2.4.
+    """
+    largest = np.linalg.eigvalsh(laplacian(graph))[-1] if graph.adjacency.any() else 1.0
+    return _closed(graph.adjacency.astype(np.float64) * (2.0 / (3.0 * largest)))
+
+
+def pairwise(graph: Graph) -> Matrix:
+    """Both ends of an edge take their mean, for graphs in which nobody has two neighbours. Boyd+ 2006, section II."""
+    if (most := int(graph.degree.max())) > 1:
+        raise ValueError(
+            f"pairwise weights need graphs in which a peer has at most one neighbour, got a degree of {most}"
+        )
+    return _closed(graph.adjacency / 2.0)
 
 
 def uniform(graph: Graph) -> Matrix:
@@ -50,6 +69,9 @@ def lazy(matrix: Matrix, stay: float = 0.5) -> Matrix:
 MIXING: dict[str, Callable[[Graph], Matrix]] = {
     "metropolis_hastings": metropolis_hastings,
     "max_degree": max_degree,
+    "laplacian": laplacian_step,
+    "lazy": lambda graph: lazy(metropolis_hastings(graph)),
+    "pairwise": pairwise,
     "uniform": uniform,
 }
 

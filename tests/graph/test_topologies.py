@@ -13,7 +13,6 @@ from raysys.graph import (
     fiedler_vector,
     make_graph,
     random_regular,
-    resampled_erdos_renyi,
     ring,
     small_world,
     star,
@@ -138,10 +137,3 @@ def test_subgraph_keeps_the_edges_among_its_peers():
     assert complete(6).subgraph([1, 3, 5]) == complete(3)
     assert ring(6).subgraph([0, 2, 4]).edge_count == 0
     assert (ring(6).byzantine_neighbours([0, 1]) == [1, 1, 1, 0, 0, 1]).all()
-
-
-def test_resampled_graphs_differ_between_rounds_and_repeat_between_runs():
-    process = resampled_erdos_renyi(10, 0.4)
-    draws = [process(t, np.random.default_rng(t)) for t in (0, 1, 0)]
-    assert draws[0] == draws[2]
-    assert draws[0] != draws[1]

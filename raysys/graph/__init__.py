@@ -10,6 +10,7 @@ from raysys.graph.finite_time import base_graph
 from raysys.graph.graph import Graph
 from raysys.graph.links import FAMILIES
 from raysys.graph.mixing import MIXING, Matrix, laplacian_step, lazy, max_degree, metropolis_hastings, pairwise, uniform
+from raysys.graph.probe import Probe
 from raysys.graph.process import Process, make_process
 from raysys.graph.spectral import (
     algebraic_connectivity,
@@ -39,6 +40,7 @@ __all__ = [
     "MIXING",
     "Graph",
     "Matrix",
+    "Probe",
     "Process",
     "RunningContraction",
     "algebraic_connectivity",

@@ -55,7 +55,7 @@ def test_the_probe_finds_the_second_eigenvalue_of_a_fixed_graph_from_below(spec,
     process, mixing = mixing_of(spec, 3)
     (probe,) = drive(mixing, 3)
     rho = contraction_closed_form(process)
-    assert rho - short <= probe.agreed.max() <= rho + 1e-4
+    assert rho - short <= probe.agreed.max() <= rho + 1e-3
     assert probe.settled.all()
 
 

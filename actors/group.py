@@ -211,11 +211,11 @@ class NodeGroup(Crew):
         for i in range(len(self.hosts)):
             self.call(i, "receive", t, *model, acknowledged=True)
 
-    def exchange(self, t: int, updates: Sequence[Update], told: Update) -> None:
-        """Hand every host the models of all hosts (it uses its nodes' neighbours') and what was told on each edge."""
+    def exchange(self, t: int, updates: Sequence[Update], told: Update | None = None) -> None:
+        """Hand every host what all hosts sent (it uses its nodes' neighbours') and what was told on each edge, if anything."""
         seen = [ref for update in updates for ref in update]
         for i in range(len(self.hosts)):
-            self.call(i, "exchange", t, told[0], *seen, acknowledged=True)
+            self.call(i, "exchange", t, told[0] if told else (t, {}), *seen, acknowledged=True)
 
     def statistics(self, t: int) -> list[ray.ObjectRef]:
         """What the evaluation needs of every host."""

@@ -52,11 +52,12 @@ class Peer(Host[PeerBlock]):
     def train(self, round: int) -> Message:
         """The models that this host's peers send this round."""
         sent = [block.train(round) for block in self.blocks.values()]
+        self.width = sent[0][1].shape[1]
         return Message(round, np.concatenate([i for i, _ in sent]), np.concatenate([r for _, r in sent]))
 
     def exchange(self, round: int, told: tuple[int, Edges], *honest: Message) -> None:
         """Mix the models of honest peers (all hosts' messages) and what Byzantine peers told on each edge."""
-        width = max((m.rows.shape[1] for m in honest), default=0)
+        width = self.width  # what this host's own peers sent this round: whatever differs is no message of it
         ids, models = joined([m for m in honest if self.usable(m, round, width)], 1)
         lies = self._well_formed(told, round, width)
         for block in self.blocks.values():

@@ -15,13 +15,12 @@ from pydantic import Field, model_validator
 
 from jobs.byzantine_matrix import ROBUST, check_data
 from jobs.cli import ClusterJob, Commands
+from jobs.sweeps import SweepFlags, exactly, run_sweep
 from raysys.aggregation import make_rule
 from raysys.aggregation.audit import kappa_search
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
-from raysys.runtime.space import check_space, parse_space
-from raysys.runtime.statistics import Interval
 from raysys.systems.byzantine import figures, floors, gossip
 from raysys.systems.byzantine.setting import Setting, named
 from raysys.systems.byzantine.simulate import simulation
@@ -107,11 +106,6 @@ def rows_of(table: Callable[..., list[dict[str, Any]]], options: dict[str, Any])
     """A table of the theory as a stage's result."""
     torch.set_num_threads(1)
     return {"rows": table(**options)}
-
-
-def exactly(value: float) -> Interval:
-    """A value without repetitions."""
-    return Interval(value, None, None, 1)
 
 
 class AuditConfig(ClusterJob):
@@ -213,62 +207,23 @@ def audit_one(rule: str, f: int, config: AuditConfig) -> dict[str, Any]:
     }
 
 
-class SweepConfig(ClusterJob, Setting):
+class SweepConfig(SweepFlags, Setting):
     """Search hyperparameters with Ray Tune; each trial is the simulation of this setting on all seeds."""
 
-    space: list[str] = Field(["lr=0.1,0.3,1.0", "momentum=0.0,0.9,0.99"], min_length=1)
-    """What varies: field=a,b,c or field=low..high, with :log or :int for a logarithmic or whole range."""
-    search: Literal["grid", "random", "optuna"] = "grid"
-    """How the space is searched; a grid needs lists of values."""
-    samples: int = Field(1, ge=1)
-    """Trials (random, optuna) or repetitions of the grid."""
-    asha: bool = False
-    """Stop trials that fall behind. Not for attacks that act late, such as mimic with its warm-up."""
-    metric: str = "accuracy"
-    """What decides: a measurement of the evaluation (accuracy, excess_loss, gradient_sq, ...)."""
-    mode: Literal["max", "min"] = "max"
-    """Whether more or less of the metric is better."""
     report_every: int = Field(20, ge=1)
     """Rounds between reports of a trial."""
 
     def check(self) -> None:
         check_data(self)
-        measured = simulation(Task(self, self.seed)).evaluate(0)
-        if self.metric not in measured:
-            raise ValueError(f"metric: got {self.metric!r}; allowed are {', '.join(measured)}")
-        space = parse_space(self.space)
-        check_space(space, self.search, self.samples, "asha" if self.asha else None, self.rounds)
-        for field in space:
-            if field not in Setting.model_fields:
-                raise ValueError(
-                    f"space: got {field!r}; allowed are the fields of a training run, such as lr, momentum or rule"
-                )
+        measured = set(simulation(Task(self, self.seed)).evaluate(0))
+        self.check_search(set(Setting.model_fields), measured, self.rounds)
 
 
 def sweep_command(config: SweepConfig, run: Run, session: Session) -> None:
-    """The trials, their table and a figure; the best trial is the last row of the grid."""
-    from raysys.runtime.sweep import sweep  # ray.tune takes a second to import, and no other command needs it
-
-    session.release()
+    """The trials, their table and a figure."""
     base = {name: getattr(config, name) for name in Setting.model_fields}
     seeds = list(range(config.seed, config.seed + config.seeds))
-    found = sweep(
-        partial(trial, base, seeds, config.report_every),
-        parse_space(config.space),
-        storage=run.storage,
-        metric=config.metric,
-        mode=config.mode,
-        search=config.search,
-        samples=config.samples,
-        steps=config.rounds,
-        scheduler="asha" if config.asha else None,
-        seed=config.seed,
-    )
-    for row in found.rows:
-        if row.get(config.metric) is not None:
-            run.row(config.metric, exactly(row[config.metric]), **{k: row[k] for k in found.space})
-    run.grid("Trials", [*found.rows, found.best | {"error": "<- best"}])
-    run.figure("sweep", found.figure())
+    run_sweep(config, run, session, partial(trial, base, seeds, config.report_every), config.rounds)
 
 
 def trial(

@@ -62,13 +62,18 @@ class Layout:
 
     def split_a(self, flat: Tensor) -> list[Tensor]:
         """Views (..., r, d_in) of a flat buffer (..., size_a), one per layer."""
-        parts = flat.split([self.rank * d_in for _, d_in in self.shapes], dim=-1)
-        return [part.unflatten(-1, (self.rank, d_in)) for part, (_, d_in) in zip(parts, self.shapes, strict=True)]
+        parts = torch.split(flat, [self.rank * d_in for _, d_in in self.shapes], dim=-1)
+        return [
+            part.reshape(*part.shape[:-1], self.rank, d_in) for part, (_, d_in) in zip(parts, self.shapes, strict=True)
+        ]
 
     def split_b(self, flat: Tensor) -> list[Tensor]:
         """Views (..., d_out, r) of a flat buffer (..., size_b), one per layer."""
-        parts = flat.split([d_out * self.rank for d_out, _ in self.shapes], dim=-1)
-        return [part.unflatten(-1, (d_out, self.rank)) for part, (d_out, _) in zip(parts, self.shapes, strict=True)]
+        parts = torch.split(flat, [d_out * self.rank for d_out, _ in self.shapes], dim=-1)
+        return [
+            part.reshape(*part.shape[:-1], d_out, self.rank)
+            for part, (d_out, _) in zip(parts, self.shapes, strict=True)
+        ]
 
     def join(self, factors: Sequence[Tensor]) -> Tensor:
         """The flat buffer (..., size) of one matrix (..., p, q) per layer: what `split_a` and `split_b` cut."""
@@ -103,7 +108,8 @@ def find_layout(model: nn.Module, targets: Sequence[str], layers: int, rank: int
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    kind, depth = model.config.model_type, model.config.num_hidden_layers  # type: ignore[union-attr]
+    config: Any = model.config
+    kind, depth = config.model_type, config.num_hidden_layers
     endings = tuple(targets) or tuple(KNOWN.get(kind, ()))
     if not endings:
         raise ValueError(f"targets: peft knows no default for models of type {kind}; name the layers to adapt")
@@ -152,6 +158,9 @@ class Grouped(nn.Module):
 class HalfFrozen(nn.Module):
     """A frozen linear layer computed in bfloat16 from and to float32: faster where the CPU or GPU has such units."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("weight", layer.weight.detach().bfloat16())
@@ -194,18 +203,19 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def peft_model(model: nn.Module, layout: Layout) -> Any:
+def peft_model(model: Any, layout: Layout) -> Any:
     """A peft model of its own with the same adapted layers (adapter `default`, no dropout). Changes `model` in place."""
     from peft import get_peft_model
 
-    return get_peft_model(model, _lora_config(layout, ""))  # type: ignore[arg-type]
+    return get_peft_model(model, _lora_config(layout, model.config._name_or_path))
 
 
 def _lora_config(layout: Layout, base: str) -> Any:
     from peft import LoraConfig
 
+    alpha: Any = int(layout.alpha) if layout.alpha.is_integer() else layout.alpha
     return LoraConfig(
-        r=layout.rank, lora_alpha=layout.alpha, lora_dropout=0.0, bias="none", target_modules=list(layout.modules),
+        r=layout.rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(layout.modules),
         base_model_name_or_path=base, inference_mode=True,
     )  # fmt: skip
 

@@ -67,8 +67,9 @@ def load_base(name: str = MINILM, device: str = "cpu") -> Base:
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = logging  # its functions carry no types
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     source = find_model(name)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -84,3 +84,22 @@ def bootstrap(
     replicates = np.array([statistic(sample[row]) for row in drawn])
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sample)), float(low), float(high), sample.size, level)
+
+
+def paired_bootstrap(
+    ours: ArrayLike, theirs: ArrayLike, rng: np.random.Generator, level: float = 0.95, resamples: int = 2000
+) -> Interval:
+    """Interval of the mean of ours - theirs, (s, m) values of s seeds on the same m items, both resampled.
+
+    Seeds and items are drawn with replacement, independently (a two-way percentile bootstrap; Owen 2007): it answers for
+    other seeds and for other test items at once. With one seed it answers for other items only.
+    """
+    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if difference.ndim != 2 or not difference.size or not np.isfinite(difference).all():
+        raise ValueError(f"a paired bootstrap needs finite values by seed and item, got shape {difference.shape}")
+    seeds, items = difference.shape
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    by_item = rng.multinomial(items, np.full(items, 1 / items), resamples) / items
+    replicates = ((by_seed @ difference) * by_item).sum(1)
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(difference.mean()), float(low), float(high), seeds, level)

@@ -1,0 +1,114 @@
+"""Requests in, batches out; and values loaded when first needed. For one asyncio loop each.
+
+Notable choices
+- The next batch is whatever has come while the last one was computed. `ray.serve.batch` closes a batch when its timer ends, also
+  while the model is busy, so that under load small batches queue up behind each other, just when large ones are needed.
+- Work runs in a thread: the loop goes on taking requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Batcher(Generic[T, R]):
+    """Calls `work(items)` with up to `limit` items at a time; `await batcher(item)` gives that item's result.
+
+    Args:
+        work: a list of items to the list of their results, in order. It is called from one thread, one call at a time.
+        wait_s: how long the first of a batch waits for company while the model is idle.
+    """
+
+    def __init__(self, work: Callable[[list[T]], Sequence[R]], limit: int, wait_s: float) -> None:
+        self.work, self.limit, self.wait_s = work, limit, wait_s
+        self._queue: deque[tuple[T, asyncio.Future[R], float]] = deque()
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._more = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: T) -> R:
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._queue.append((item, future, time.monotonic()))
+        self._more.set()
+        return await future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._company()
+            taken = [self._queue.popleft() for _ in range(min(self.limit, len(self._queue)))]
+            taken = [one for one in taken if not one[1].done()]  # whoever gave up is not computed
+            if not taken:
+                continue
+            try:
+                results = await loop.run_in_executor(self._thread, self.work, [item for item, _, _ in taken])
+                if len(results) != len(taken):
+                    raise RuntimeError(f"a batch of {len(taken)} items gave {len(results)} results")
+            except Exception as wrong:  # noqa: BLE001 (it is raised again where each item was asked for)
+                for _, future, _ in taken:
+                    if not future.done():
+                        future.set_exception(wrong)
+                continue
+            for (_, future, _), result in zip(taken, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+    async def _company(self) -> None:
+        """Until there is a full batch, or something and its time of waiting is over."""
+        while len(self._queue) < self.limit:
+            left = self._queue[0][2] + self.wait_s - time.monotonic() if self._queue else None
+            if left is not None and left <= 0:
+                return
+            self._more.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._more.wait()
+            except TimeoutError:
+                return
+
+
+class Lazy(Generic[K, T]):
+    """Values by name, loaded in threads when first asked for; the `limit` used last are kept.
+
+    Several who ask for the same name wait for one load. A load that fails is told to all of them and not remembered.
+    """
+
+    def __init__(self, load: Callable[[K], T], limit: int, threads: int = 4) -> None:
+        self.load, self.limit = load, limit
+        self.evicted = 0
+        self._kept: OrderedDict[K, T] = OrderedDict()
+        self._loading: dict[K, asyncio.Task[T]] = {}
+        self._threads = ThreadPoolExecutor(threads, "load")
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    async def __call__(self, name: K) -> T:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        if name not in self._loading:
+            self._loading[name] = asyncio.create_task(self._load(name))
+        return await asyncio.shield(self._loading[name])  # one who gives up must not stop it for the others
+
+    async def _load(self, name: K) -> T:
+        try:
+            value = await asyncio.get_running_loop().run_in_executor(self._threads, self.load, name)
+            self._kept[name] = value
+            while len(self._kept) > self.limit:
+                self._kept.popitem(last=False)
+                self.evicted += 1
+            return value
+        finally:
+            del self._loading[name]

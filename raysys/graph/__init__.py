@@ -7,6 +7,7 @@ from raysys.graph.contraction import (
     contraction_monte_carlo,
 )
 from raysys.graph.finite_time import base_graph
+from raysys.graph.gossip import mix, push_sum, to_csr
 from raysys.graph.graph import Graph
 from raysys.graph.links import FAMILIES
 from raysys.graph.mixing import MIXING, Matrix, laplacian_step, lazy, max_degree, metropolis_hastings, pairwise, uniform
@@ -61,12 +62,15 @@ __all__ = [
     "make_process",
     "max_degree",
     "metropolis_hastings",
+    "mix",
     "pairwise",
+    "push_sum",
     "random_regular",
     "ring",
     "small_world",
     "spectral_gap",
     "star",
+    "to_csr",
     "torus",
     "two_cliques",
     "uniform",

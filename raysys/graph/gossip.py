@@ -1,0 +1,119 @@
+"""One round of gossip: every receiver's weighted sum of the rows it hears, and push-sum for directed graphs.
+
+    symmetric, doubly stochastic W:   x_i <- sum_j W_ij x_j, which leaves the mean where it is;
+    column-stochastic P (push-sum):   mass_i <- sum_j P_ij mass_j,  z_i <- sum_j P_ij mass_j z_j / mass_i,
+    which leaves sum mass and sum mass z. Source: Kempe, Dobra & Gehrke 2003; for training Assran+ 2019 (SGP).
+
+Notable choices
+- Columns are cut into tiles that stay in the cache while all receivers pass over them, so that every row comes from memory
+  once, however many hear it: memory-bandwidth time on sparse graphs.
+- Each value is summed in float64 in the order of the indices and rounded once: its bits depend on neither the tiles, nor
+  the block of receivers, nor threads (there are none, and the lock is released), and equal rows stay as they are.
+
+Shapes: m rows (senders), k receivers, d columns; CSR: receiver i has the entries indptr[i] to indptr[i + 1].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from raysys.graph.mixing import Matrix
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+TILE = 4096
+"""Columns that all receivers pass over before the next ones are read: 1,000 rows of it stay in a third-level cache, and they
+are long enough for the memory's prefetcher. Measured with benchmarks/mixing.py: 512 takes twice the time, 16384 half more."""
+SUB = 1024
+"""Columns summed at a time: their float64 sums stay in the first-level cache."""
+
+
+def to_csr(matrix: Matrix) -> tuple[I64, I64, NDArray[np.float64]]:
+    """indptr (k + 1,), indices (e,) ascending within a row, weights (e,) of the entries of (k, m) that are not zero."""
+    receivers, indices = np.nonzero(matrix)
+    counts = np.bincount(receivers, minlength=len(matrix))
+    return np.concatenate([[0], counts.cumsum()]), indices, matrix[receivers, indices]
+
+
+def mix(rows: F32, indptr: I64, indices: I64, weights: NDArray[np.float64], out: F32 | None = None) -> F32:
+    """(k, d) float32: out_i = sum over the entries e of receiver i of weights[e] rows[indices[e]].
+
+    rows (m, d) float32; one that nobody gives weight to is never read. out: (k, d) float32 to fill and return, or a new
+    array. ValueError for other types and shapes, or an index outside 0..m-1.
+    """
+    if rows.dtype != np.float32 or rows.ndim != 2:
+        raise ValueError(f"gossip mixes float32 rows of shape (m, d), got {rows.dtype} of shape {rows.shape}")
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(rows):
+        raise ValueError(f"an index of gossip lies in 0..{len(rows) - 1}, got {indices.min()} to {indices.max()}")
+    rows = np.ascontiguousarray(rows)
+    shape = (len(indptr) - 1, rows.shape[1])
+    if out is None:
+        out = np.empty(shape, dtype=np.float32)
+    elif out.shape != shape or out.dtype != np.float32 or np.shares_memory(out, rows):
+        raise ValueError(f"gossip writes {shape} float32 apart from its rows, got {out.shape} {out.dtype}")
+    _mix(rows, indptr, indices, weights, out)
+    return out
+
+
+def push_sum(z: F32, mass: NDArray[np.float64], matrix: Matrix) -> tuple[F32, NDArray[np.float64]]:
+    """A push-sum round: z (m, d) estimates and mass (m,) of the senders become those of the receivers (k, d), (k,).
+
+    matrix: (k, m) rows of a column-stochastic P. Masses begin at one. ValueError where a receiver is left without mass.
+    """
+    after = (matrix * mass).sum(1)
+    if not (after > 0.0).all():
+        raise ValueError(f"push-sum needs some mass at every receiver, got {after.min()} at {int(after.argmin())}")
+    return mix(z, *to_csr(matrix * mass / after[:, None])), after
+
+
+@njit(cache=True, nogil=True)
+def _mix(rows, indptr, indices, weights, out):  # type: ignore[no-untyped-def]
+    """The last one to five entries are summed in registers and stored, the ones before go through `acc` by fours.
+
+    Fewer than five are filled up with entries of weight zero on a row that is read anyway: the loop waits for memory.
+    """
+    acc = np.empty(SUB, np.float64)
+    row, share = np.empty(5, np.int64), np.empty(5, np.float64)
+    for begin in range(0, rows.shape[1], TILE):
+        end = min(rows.shape[1], begin + TILE)
+        for i in range(out.shape[0]):
+            first, last = indptr[i], indptr[i + 1]
+            if first == last:
+                out[i, begin:end] = 0.0
+                continue
+            many = last - first > 5
+            tail = first + (last - first - 2) // 4 * 4 if many else first
+            for t in range(5):
+                row[t] = indices[min(tail + t, last - 1)]
+                share[t] = weights[tail + t] if tail + t < last else 0.0
+            w0, w1, w2, w3, w4 = share[0], share[1], share[2], share[3], share[4]
+            for start in range(begin, end, SUB):
+                stop = min(end, start + SUB)
+                if many:
+                    _sum(rows, indices[first:tail], weights[first:tail], start, stop, acc)
+                x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
+                x3, x4 = rows[row[3], start:stop], rows[row[4], start:stop]
+                target = out[i, start:stop]
+                if many:
+                    for k in range(stop - start):
+                        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
+                        target[k] = acc[k] + (a + w3 * np.float64(x3[k]) + w4 * np.float64(x4[k]))
+                else:
+                    for k in range(stop - start):
+                        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
+                        target[k] = a + w3 * np.float64(x3[k]) + w4 * np.float64(x4[k])
+
+
+@njit(cache=True, nogil=True)
+def _sum(rows, indices, weights, start, stop, acc):  # type: ignore[no-untyped-def]
+    """acc <- the sum of a multiple of four entries over columns start..stop."""
+    for e in range(0, indices.size, 4):
+        w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
+        x0, x1 = rows[indices[e], start:stop], rows[indices[e + 1], start:stop]
+        x2, x3 = rows[indices[e + 2], start:stop], rows[indices[e + 3], start:stop]
+        for k in range(stop - start):
+            a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k]) + w3 * np.float64(x3[k])
+            acc[k] = a if e == 0 else acc[k] + a

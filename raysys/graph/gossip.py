@@ -71,12 +71,11 @@ def push_sum(z: F32, mass: NDArray[np.float64], matrix: Matrix) -> tuple[F32, ND
 
 @njit(cache=True, nogil=True)
 def _mix(rows, indptr, indices, weights, out):  # type: ignore[no-untyped-def]
-    """The last one to five entries are summed in registers and stored, the ones before go through `acc` by fours.
+    """Up to five entries are summed in registers, of more the last six to nine are, those before by fours.
 
-    Fewer than five are filled up with entries of weight zero on a row that is read anyway: the loop waits for memory.
+    Missing ones are filled up with weight zero on a row that is read anyway: the loop waits for memory, not for sums.
     """
-    acc = np.empty(SUB, np.float64)
-    row, share = np.empty(5, np.int64), np.empty(5, np.float64)
+    acc, row, share = np.zeros(SUB, np.float64), np.empty(9, np.int64), np.empty(9, np.float64)
     for begin in range(0, rows.shape[1], TILE):
         end = min(rows.shape[1], begin + TILE)
         for i in range(out.shape[0]):
@@ -84,36 +83,50 @@ def _mix(rows, indptr, indices, weights, out):  # type: ignore[no-untyped-def]
             if first == last:
                 out[i, begin:end] = 0.0
                 continue
-            many = last - first > 5
-            tail = first + (last - first - 2) // 4 * 4 if many else first
-            for t in range(5):
+            tail = first + max(last - first - 6, 0) // 4 * 4
+            for t in range(9):
                 row[t] = indices[min(tail + t, last - 1)]
                 share[t] = weights[tail + t] if tail + t < last else 0.0
-            w0, w1, w2, w3, w4 = share[0], share[1], share[2], share[3], share[4]
             for start in range(begin, end, SUB):
                 stop = min(end, start + SUB)
-                if many:
-                    _sum(rows, indices[first:tail], weights[first:tail], start, stop, acc)
-                x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
-                x3, x4 = rows[row[3], start:stop], rows[row[4], start:stop]
-                target = out[i, start:stop]
-                if many:
-                    for k in range(stop - start):
-                        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
-                        target[k] = acc[k] + (a + w3 * np.float64(x3[k]) + w4 * np.float64(x4[k]))
+                if last - first <= 5:
+                    _five(rows, row, share, start, stop, out[i, start:stop])
                 else:
-                    for k in range(stop - start):
-                        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
-                        target[k] = a + w3 * np.float64(x3[k]) + w4 * np.float64(x4[k])
+                    _fours(rows, indices[first:tail], weights[first:tail], start, stop, acc)
+                    _nine(rows, row, share, start, stop, acc, out[i, start:stop])
 
 
 @njit(cache=True, nogil=True)
-def _sum(rows, indices, weights, start, stop, acc):  # type: ignore[no-untyped-def]
+def _five(rows, row, share, start, stop, target):  # type: ignore[no-untyped-def]
+    w0, w1, w2, w3, w4 = share[0], share[1], share[2], share[3], share[4]
+    x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
+    x3, x4 = rows[row[3], start:stop], rows[row[4], start:stop]
+    for k in range(stop - start):
+        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
+        target[k] = a + w3 * np.float64(x3[k]) + w4 * np.float64(x4[k])
+
+
+@njit(cache=True, nogil=True)
+def _nine(rows, row, share, start, stop, acc, target):  # type: ignore[no-untyped-def]
+    w0, w1, w2, w3, w4 = share[0], share[1], share[2], share[3], share[4]
+    w5, w6, w7, w8 = share[5], share[6], share[7], share[8]
+    x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
+    x3, x4, x5 = rows[row[3], start:stop], rows[row[4], start:stop], rows[row[5], start:stop]
+    x6, x7, x8 = rows[row[6], start:stop], rows[row[7], start:stop], rows[row[8], start:stop]
+    for k in range(stop - start):
+        a = acc[k] + w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
+        b = w3 * np.float64(x3[k]) + w4 * np.float64(x4[k]) + w5 * np.float64(x5[k])
+        target[k] = a + b + (w6 * np.float64(x6[k]) + w7 * np.float64(x7[k]) + w8 * np.float64(x8[k]))
+
+
+@njit(cache=True, nogil=True)
+def _fours(rows, indices, weights, start, stop, acc):  # type: ignore[no-untyped-def]
     """acc <- the sum of a multiple of four entries over columns start..stop."""
+    for k in range(stop - start):
+        acc[k] = 0.0
     for e in range(0, indices.size, 4):
         w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
         x0, x1 = rows[indices[e], start:stop], rows[indices[e + 1], start:stop]
         x2, x3 = rows[indices[e + 2], start:stop], rows[indices[e + 3], start:stop]
         for k in range(stop - start):
-            a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k]) + w3 * np.float64(x3[k])
-            acc[k] = a if e == 0 else acc[k] + a
+            acc[k] += w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k]) + w3 * np.float64(x3[k])

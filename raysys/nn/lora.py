@@ -213,7 +213,7 @@ def peft_model(model: Any, layout: Layout) -> Any:
 def _lora_config(layout: Layout, base: str) -> Any:
     from peft import LoraConfig
 
-    alpha: Any = int(layout.alpha) if layout.alpha.is_integer() else layout.alpha
+    alpha: Any = int(layout.alpha) if float(layout.alpha).is_integer() else layout.alpha
     return LoraConfig(
         r=layout.rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(layout.modules),
         base_model_name_or_path=base, inference_mode=True,

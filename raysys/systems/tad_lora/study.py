@@ -40,7 +40,8 @@ class Study:
 
 def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: list[int]) -> list[dict[str, Any]]:
     """One row per arm (method, T): per seed the relative error of the peers, of the averaged model, and ||C||_F, all averaged
-    over the last `window` rounds. Only methods that mix factors."""
+    over the last `window` rounds. Only methods that mix factors. An arm that diverged on any seed (with a fixed step size, long
+    phases let the trained factor grow until the other one's step is too large) gives a row with "error" None."""
     policies = [make_policy(method, max(interval, 1)) for method, interval in arms]
     streams = [Seeds(seed) for seed in seeds]
     n, everyone = study.peers, np.arange(study.peers)
@@ -71,11 +72,12 @@ def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: li
             totals["error"] += regression.relative_error(a, b, mean_target[:, None]).mean(2)
             totals["consensus_error"] += regression.relative_error(a_mean, b_mean, mean_target)
             totals["cross_term"] += cross.square().sum((-1, -2)).sqrt()
-    return [
-        {"method": method, "interval": interval, "topology": topology}
-        | {name: (total[i] / study.window).tolist() for name, total in totals.items()}
-        for i, (method, interval) in enumerate(arms)
-    ]
+    rows: list[dict[str, Any]] = []
+    for i, (method, interval) in enumerate(arms):
+        row: dict[str, Any] = {"method": method, "interval": interval, "topology": topology}
+        finite = all(bool(total[i].isfinite().all()) for total in totals.values())
+        rows.append(row | {name: (total[i] / study.window).tolist() if finite else None for name, total in totals.items()})
+    return rows
 
 
 def _mask(chosen: list[bool]) -> Tensor:

@@ -93,7 +93,7 @@ def steps_for(data: Path, clients: int, milliseconds: float) -> int:
     import torch
 
     from raysys.runtime.blocks import blocks
-from raysys.systems.byzantine.task import Task
+    from raysys.systems.byzantine.task import Task
 
     torch.set_num_threads(1)
     tried = 20

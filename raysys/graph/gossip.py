@@ -27,8 +27,6 @@ I64 = NDArray[np.int64]
 TILE = 4096
 """Columns that all receivers pass over before the next ones are read: 1,000 rows of it stay in a third-level cache, and they
 are long enough for the memory's prefetcher. Measured with benchmarks/mixing.py: 512 takes twice the time, 16384 half more."""
-SUB = 1024
-"""Columns summed at a time: their float64 sums stay in the first-level cache."""
 
 
 def to_csr(matrix: Matrix) -> tuple[I64, I64, NDArray[np.float64]]:
@@ -71,29 +69,35 @@ def push_sum(z: F32, mass: NDArray[np.float64], matrix: Matrix) -> tuple[F32, ND
 
 @njit(cache=True, nogil=True)
 def _mix(rows, indptr, indices, weights, out):  # type: ignore[no-untyped-def]
-    """Up to five entries are summed in registers, of more the last six to nine are, those before by fours.
-
-    Missing ones are filled up with weight zero on a row that is read anyway: the loop waits for memory, not for sums.
-    """
-    acc, row, share = np.zeros(SUB, np.float64), np.empty(9, np.int64), np.empty(9, np.float64)
-    for begin in range(0, rows.shape[1], TILE):
-        end = min(rows.shape[1], begin + TILE)
+    """Up to seven entries are summed in registers: a sum of three, five or seven, filled up with weight zero on a row that
+    is read anyway, beats a loop over entries."""
+    row, share = np.empty(7, np.int64), np.empty(7, np.float64)
+    for start in range(0, rows.shape[1], TILE):
+        stop = min(rows.shape[1], start + TILE)
         for i in range(out.shape[0]):
-            first, last = indptr[i], indptr[i + 1]
+            first, last, target = indptr[i], indptr[i + 1], out[i, start:stop]
             if first == last:
-                out[i, begin:end] = 0.0
+                target[:] = 0.0
                 continue
-            tail = first + max(last - first - 6, 0) // 4 * 4
-            for t in range(9):
-                row[t] = indices[min(tail + t, last - 1)]
-                share[t] = weights[tail + t] if tail + t < last else 0.0
-            for start in range(begin, end, SUB):
-                stop = min(end, start + SUB)
-                if last - first <= 5:
-                    _five(rows, row, share, start, stop, out[i, start:stop])
-                else:
-                    _fours(rows, indices[first:tail], weights[first:tail], start, stop, acc)
-                    _nine(rows, row, share, start, stop, acc, out[i, start:stop])
+            for t in range(7):
+                row[t] = indices[min(first + t, last - 1)]
+                share[t] = weights[first + t] if first + t < last else 0.0
+            if last - first <= 3:
+                _three(rows, row, share, start, stop, target)
+            elif last - first <= 5:
+                _five(rows, row, share, start, stop, target)
+            elif last - first <= 7:
+                _seven(rows, row, share, start, stop, target)
+            else:
+                _many(rows, indices[first:last], weights[first:last], start, stop, target)
+
+
+@njit(cache=True, nogil=True)
+def _three(rows, row, share, start, stop, target):  # type: ignore[no-untyped-def]
+    w0, w1, w2 = share[0], share[1], share[2]
+    x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
+    for k in range(stop - start):
+        target[k] = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
 
 
 @njit(cache=True, nogil=True)
@@ -107,26 +111,36 @@ def _five(rows, row, share, start, stop, target):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _nine(rows, row, share, start, stop, acc, target):  # type: ignore[no-untyped-def]
-    w0, w1, w2, w3, w4 = share[0], share[1], share[2], share[3], share[4]
-    w5, w6, w7, w8 = share[5], share[6], share[7], share[8]
+def _seven(rows, row, share, start, stop, target):  # type: ignore[no-untyped-def]
+    w0, w1, w2, w3, w4, w5, w6 = share[0], share[1], share[2], share[3], share[4], share[5], share[6]
     x0, x1, x2 = rows[row[0], start:stop], rows[row[1], start:stop], rows[row[2], start:stop]
     x3, x4, x5 = rows[row[3], start:stop], rows[row[4], start:stop], rows[row[5], start:stop]
-    x6, x7, x8 = rows[row[6], start:stop], rows[row[7], start:stop], rows[row[8], start:stop]
+    x6 = rows[row[6], start:stop]
     for k in range(stop - start):
-        a = acc[k] + w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
+        a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k])
         b = w3 * np.float64(x3[k]) + w4 * np.float64(x4[k]) + w5 * np.float64(x5[k])
-        target[k] = a + b + (w6 * np.float64(x6[k]) + w7 * np.float64(x7[k]) + w8 * np.float64(x8[k]))
+        target[k] = a + b + w6 * np.float64(x6[k])
 
 
 @njit(cache=True, nogil=True)
-def _fours(rows, indices, weights, start, stop, acc):  # type: ignore[no-untyped-def]
-    """acc <- the sum of a multiple of four entries over columns start..stop."""
-    for k in range(stop - start):
-        acc[k] = 0.0
-    for e in range(0, indices.size, 4):
-        w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
-        x0, x1 = rows[indices[e], start:stop], rows[indices[e + 1], start:stop]
-        x2, x3 = rows[indices[e + 2], start:stop], rows[indices[e + 3], start:stop]
-        for k in range(stop - start):
-            acc[k] += w0 * np.float64(x0[k]) + w1 * np.float64(x1[k]) + w2 * np.float64(x2[k]) + w3 * np.float64(x3[k])
+def _many(rows, indices, weights, start, stop, target):  # type: ignore[no-untyped-def]
+    """Any number of entries, four at a time; of the columns so few that their sums stay in the first-level cache."""
+    acc = np.empty(1024, np.float64)
+    for begin in range(start, stop, acc.size):
+        end = min(stop, begin + acc.size)
+        width, e = end - begin, 0
+        acc[:width] = 0.0
+        while e + 4 <= indices.size:
+            w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
+            x0, x1 = rows[indices[e], begin:end], rows[indices[e + 1], begin:end]
+            x2, x3 = rows[indices[e + 2], begin:end], rows[indices[e + 3], begin:end]
+            for k in range(width):
+                a = w0 * np.float64(x0[k]) + w1 * np.float64(x1[k])
+                acc[k] += a + w2 * np.float64(x2[k]) + w3 * np.float64(x3[k])
+            e += 4
+        while e < indices.size:
+            w0, x0 = weights[e], rows[indices[e], begin:end]
+            for k in range(width):
+                acc[k] += w0 * np.float64(x0[k])
+            e += 1
+        target[begin - start : end - start] = acc[:width]

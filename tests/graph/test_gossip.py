@@ -33,7 +33,7 @@ def test_mix_is_the_weighted_sum(k, m, d, density, seed):
 
 
 def test_mix_is_right_at_the_edges_of_tiles():
-    for d in (1, gossip.SUB, gossip.SUB + 1, gossip.TILE - 1, gossip.TILE, 2 * gossip.TILE + gossip.SUB + 3):
+    for d in (1, gossip.TILE - 1, gossip.TILE, gossip.TILE + 1, 2 * gossip.TILE + 3):
         rows, matrix = rng(d).normal(size=(7, d)).astype(np.float32), rng(d).random((3, 7))
         assert np.abs(mix(rows, *to_csr(matrix)) - matrix @ rows.astype(np.float64)).max() < 1e-5
 

@@ -33,9 +33,10 @@ from raysys.runtime.config import Config, command_line, exits
 from raysys.runtime.sentences import UserError
 from raysys.runtime.session import ClusterConfig, Session
 from serve.batching import Batcher, Lazy
-from serve.guard import GuardConfig, Refused, guarded_app
+from serve.guard import GuardConfig, guarded_app
 from serve.meters import LATENCIES_S, FrontMeters, Meters, Snapshot
 from serve.questions import Answer, Answers, Listing, Question, Questions
+from serve.refusal import Refused
 from serve.stack import Artifact, Factors, Item, Stack
 
 Ask = tuple[str, str | None, str]
@@ -245,7 +246,7 @@ def build(args: Mapping[str, Any] | AdaptersConfig) -> Application:
     config = args if isinstance(args, AdaptersConfig) else AdaptersConfig.of(args)
     if config.run is None:
         raise UserError("run: is missing; expected a run folder (path or URI) that holds adapters/classifier.json")
-    keys = config.guard.keys()
+    keys = config.guard.digests()
     artifact = Artifact(config.run)
     classifier = artifact.classifier()
     if not artifact.names():

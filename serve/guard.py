@@ -36,6 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raysys.runtime.config import Config, read_text
 from raysys.runtime.sentences import UserError
 from serve.meters import FrontMeters, Snapshot, exposition
+from serve.refusal import Refused
 
 KEYS_VARIABLE = "RAYSYS_API_KEYS"
 SHORTEST_KEY = 16
@@ -59,7 +60,7 @@ class GuardConfig(Config):
     max_waiting: int = Field(256, ge=1, le=100_000)
     """Requests that one front replica holds at once; above it 503."""
 
-    def keys(self) -> tuple[str, ...]:
+    def digests(self) -> tuple[str, ...]:
         """SHA-256 digests of the allowed keys; empty where no key is asked for.
 
         Raises:
@@ -82,14 +83,6 @@ class GuardConfig(Config):
                     f"auth: key {place} of {source} has {len(key)} characters; expected at least {SHORTEST_KEY}"
                 )
         return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
-
-
-class Refused(Exception):
-    """A request that cannot be served: the HTTP status and one sentence for whoever asked."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(status, sentence)
-        self.status, self.sentence = status, sentence
 
 
 def error(status: int, sentence: str) -> JSONResponse:
@@ -201,7 +194,7 @@ def guarded_app(
     """A FastAPI app behind a Guard, with /healthz, /metrics and errors of one sentence.
 
     Args:
-        keys: digests from `GuardConfig.keys`.
+        keys: digests from `GuardConfig.digests`.
         ready: returns when the app can answer, raises while it cannot.
         snapshots: metrics of every replica, by its name.
     """
@@ -242,6 +235,8 @@ def _speak(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, wrong: HTTPException) -> JSONResponse:
+        if wrong.status_code == 400:  # FastAPI could not decode the body
+            return error(422, "body: cannot be read; expected JSON in UTF-8")
         return error(wrong.status_code, f"{request.method} {request.url.path}: {str(wrong.detail).lower()}")
 
     async def away(request: Request, wrong: Exception) -> JSONResponse:

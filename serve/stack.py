@@ -29,7 +29,7 @@ from raysys.nn.lora import CONFIG, WEIGHTS, Layout, import_adapter, linear_shape
 from raysys.nn.pretrained import load_base
 from raysys.runtime.sentences import UserError, closest, explain
 from raysys.runtime.storage import Storage
-from serve.guard import Refused
+from serve.refusal import Refused
 
 FOLDER, DESCRIPTION, HEAD = "adapters", "classifier.json", "head.safetensors"
 PASS_TOKENS = {"cpu": 64, "cuda": 8192}

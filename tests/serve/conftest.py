@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def app(ray_cluster: Any, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of the app, served over HTTP under a prefix, with a key and with small limits."""
     from ray import serve
@@ -39,7 +39,7 @@ def app(ray_cluster: Any, run: Path, tmp_path_factory: pytest.TempPathFactory) -
     serve.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(app: str) -> Iterator[httpx.Client]:
     """A client with a key."""
     with httpx.Client(base_url=app, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:

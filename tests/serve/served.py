@@ -36,7 +36,7 @@ def write_run(run: Path, names: list[str], rank: int = 4, layers: int = 2, pair:
         export_adapter(storage, name, layout, a, 0.3 * torch.randn(layout.size_b, generator=generator), "minilm")
     told = {"format": 1, "model": "minilm", "labels": LABELS, "max_length": 48, "pair": pair}
     storage.write_bytes("classifier.json", json.dumps(told).encode())
-    head = random_head(len(LABELS), base.width, generator, std=0.5)
+    head = random_head(len(LABELS), base.width, generator, std=0.1)
     storage.write_bytes("head.safetensors", safetensors.torch.save({"head": head}))
     return run
 

@@ -12,7 +12,7 @@ from served import LABELS, TEXTS, write_run
 
 from raysys.nn.lora import import_adapter
 from raysys.runtime.sentences import UserError
-from serve.guard import Refused
+from serve.refusal import Refused
 from serve.stack import Item, Stack, chunks
 
 NAMES = ["consensus", *(f"peer-{i:03d}" for i in range(5))]

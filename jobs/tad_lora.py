@@ -193,10 +193,20 @@ def report(config: TrainConfig, run: Run, results: dict[str, list[dict[str, Any]
 class DemoConfig(TrainConfig):
     """The tour: the regression problem over connectivity, then text among peers over Ray actors."""
 
-    rounds: int = Field(24, ge=1)
+    data: str = "grammar(difficulty=0.3)"
+    """Texts (see train --data)."""
+    examples: int = Field(1500, ge=0)
+    """Training texts used in all."""
+    test: int = Field(200, ge=1)
+    """Held-out texts that every peer's model is tested on."""
+    layers: int = Field(1, ge=0, le=1000)
+    """Top transformer layers that get adapters."""
+    rounds: int = Field(20, ge=1)
     """Communication rounds R."""
     steps: int = Field(6, ge=1)
     """Local steps K per round."""
+    lr: float = Field(1e-2, gt=0)
+    """Step size, the same for all methods here; `compare` tunes it for each."""
     topology: str = "erdos_renyi(p=0.05)"
     """Graph process (see train --topology)."""
 

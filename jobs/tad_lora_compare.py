@@ -64,6 +64,11 @@ class CompareConfig(ClusterJob, Setting):
         for topology in self.topologies:
             check_task(Task(self.cell("tad", topology, self.lrs[0]), self.seed))
 
+    @property
+    def silent(self) -> set[str]:
+        """Methods without exchange: the graphs do not matter to them, and one run serves all."""
+        return {method for method in self.methods if METHODS[method](1).mixes(0) == ""}
+
     def cell(self, method: str, topology: str, lr: float, tuning: bool = False) -> Setting:
         """The setting of one run."""
         own = Setting.of({name: getattr(self, name) for name in Setting.model_fields} | {"topology": topology})
@@ -97,13 +102,17 @@ def compare(config: CompareConfig, run: Run, session: Session) -> None:
     cells = [(topology, method) for topology in config.topologies for method in config.methods]
     tuned = tune_steps(config, run, session, cells)
     seeds = range(config.seed, config.seed + config.seeds)
+    where = {(t, m): config.topologies[0] if m in config.silent else t for t, m in cells}
     units = {
-        f"{t}/{m}/lr{tuned[t, m]:g}/seed{s}": (run_cell, (config.cell(m, t, tuned[t, m]), s, config.block))
+        f"{where[t, m]}/{m}/lr{tuned[t, m]:g}/seed{s}": (
+            run_cell,
+            (config.cell(m, where[t, m], tuned[t, m]), s, config.block),
+        )
         for t, m in cells
         for s in seeds
     }
     results = run_stages(run, session, units, "compare")
-    finals = {(t, m): [results[f"{t}/{m}/lr{tuned[t, m]:g}/seed{s}"] for s in seeds] for t, m in cells}
+    finals = {(t, m): [results[f"{where[t, m]}/{m}/lr{tuned[t, m]:g}/seed{s}"] for s in seeds] for t, m in cells}
     for each in finals.values():
         for result in each:
             run.count(messages=result["messages"], bytes=result["bytes"])
@@ -176,14 +185,16 @@ def tune_steps(
     """The step size of each (topology, method): the best mean accuracy of the peers on held-out training texts, ties to the
     smaller. The runs without exchange do not depend on the graphs and are tuned once."""
     seeds = range(config.seed + TUNING_SEEDS, config.seed + TUNING_SEEDS + config.tuning_seeds)
-    silent = {method for method in config.methods if METHODS[method](1).mixes(0) == ""}
     first = config.topologies[0]
 
     def unit(topology: str, method: str, lr: float, seed: int) -> str:
-        return f"tune/{first if method in silent else topology}/{method}/lr{lr:g}/seed{seed}"
+        return f"tune/{first if method in config.silent else topology}/{method}/lr{lr:g}/seed{seed}"
 
     units = {
-        unit(t, m, lr, s): (run_cell, (config.cell(m, first if m in silent else t, lr, tuning=True), s, config.block))
+        unit(t, m, lr, s): (
+            run_cell,
+            (config.cell(m, first if m in config.silent else t, lr, tuning=True), s, config.block),
+        )
         for t, m in cells
         for lr in config.lrs
         for s in seeds

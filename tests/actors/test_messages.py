@@ -144,6 +144,7 @@ class Listener(Echo):
 def test_peers_refuse_lies_of_another_round_or_shape():
     peer = Peer(Listener, {"peers-0": np.array([0, 1])}, 4, lambda parts: {})
     good = Message(5, np.array([0, 1, 2]), np.ones((3, 6), np.float32))
+    peer.width = 6  # what its own peers sent
     edges = {(3, 0): np.ones(6, np.float32), (3, 1): np.ones(7, np.float32)}
     peer.exchange(5, (5, edges), good)
     ids, told = peer.blocks["peers-0"].told

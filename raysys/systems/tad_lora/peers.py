@@ -86,6 +86,8 @@ class Peers:
             return self.nodes[here], self.probe.message(round)[here]
         self._agreed()
         t, policy = round - self.delay, self._policy()
+        if not len(here):
+            return self.nodes[here], self._row(policy.mixes(t))[here]
         mine = {key: value[here] for key, value in self.moments.items()}
         a, b = self.learner.train(
             self.nodes[here], torch.from_numpy(self.a[here]), torch.from_numpy(self.b[here]), t, policy.trains(t), mine,

@@ -1,6 +1,7 @@
 """The exact facts of specs/tad_lora.md, section 5.4, by number. Those of graphs alone (1, 2, 12) are in tests/graph."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_with_a_vanishing_step_nothing_moves_and_the_model_is_the_base_model():
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"centralised", "flora", "fedex", "decaf", "procrustes"}))
 def test_with_step_size_zero_factors_stay_at_their_start(method, simulate):
     s = simulate(method=method, lr=1e-30, interval=1)
-    a, b = s.task.start(-1)
+    a, _b = s.task.start(-1)
     found_a, found_b = factors(s)
     assert np.array_equal(found_a, np.broadcast_to(a.numpy(), found_a.shape))
     assert np.abs(found_b).max() < 1e-25
@@ -330,7 +331,7 @@ def test_phases_are_t_rounds_of_b_then_t_of_a_with_so_many_switches(interval, ro
     phases = [alternating(interval)(t) for t in range(rounds)]
     assert phases[:interval] == ["B"] * min(interval, rounds)
     assert phases[interval : 2 * interval] == ["A"] * max(0, min(interval, rounds - interval))
-    assert sum(x != y for x, y in zip(phases, phases[1:], strict=False)) == -(-rounds // interval) - 1
+    assert sum(x != y for x, y in itertools.pairwise(phases)) == -(-rounds // interval) - 1
 
 
 def test_the_head_and_the_start_are_the_same_for_all_methods_of_a_seed(simulate):

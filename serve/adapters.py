@@ -253,7 +253,8 @@ def build(args: Mapping[str, Any] | AdaptersConfig) -> Application:
         raise UserError(f"run: got {config.run}; {artifact.storage.uri} holds no adapters")
     room = config.guard.max_waiting
     # The guard refuses at `max_waiting` with a sentence; Serve's own limits lie above, so that /healthz still gets through.
-    model = ray_serve.deployment(max_ongoing_requests=room + 16, health_check_period_s=5)(Model)
+    quiet = {"enable_access_log": False}  # the front's log has every request already
+    model = ray_serve.deployment(max_ongoing_requests=room + 16, health_check_period_s=5, logging_config=quiet)(Model)
     front = ray_serve.deployment(
         name="Front",
         max_ongoing_requests=2 * room + 16,

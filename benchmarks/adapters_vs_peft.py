@@ -258,7 +258,7 @@ def main() -> None:
     import peft
 
     began = time.monotonic()
-    adapters, count, repeats = (16, 96, 1) if arguments.quick else (ADAPTERS, 256, 3)
+    adapters, count, repeats = (16, 96, 1) if arguments.quick else (ADAPTERS, 128, 3)
     with tempfile.TemporaryDirectory() as name:
         data, rng = Path(name), np.random.default_rng(1)
         names = write_adapters(data / "run", adapters)

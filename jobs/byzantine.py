@@ -10,7 +10,7 @@ python -m jobs.byzantine sweep           hyperparameters with Ray Tune
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
@@ -23,7 +23,7 @@ from actors.group import NodeGroup, ServerGroup
 from actors.peer import Peer
 from jobs.byzantine_matrix import MatrixConfig, check_data, matrix
 from jobs.byzantine_studies import STUDIES
-from jobs.cli import ClusterJob, start
+from jobs.cli import ClusterJob, add, start
 from raysys.aggregation import BLOCK, make_rule
 from raysys.runtime.blocks import blocks
 from raysys.runtime.checkpoint import write_state
@@ -242,11 +242,6 @@ def in_process(task: Task, loop: Loop) -> Outcome:
         if rounds.due(t):
             rounds.log(t, simulated.evaluate(t))
     return simulated.model, {"messages": 0, "bytes": 0} | simulated.outcomes()
-
-
-def add(*counts: Mapping[str, int]) -> dict[str, int]:
-    """Sum counters by name."""
-    return {key: sum(c[key] for c in counts) for key in counts[0]}
 
 
 REPORTED = [

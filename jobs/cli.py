@@ -57,6 +57,11 @@ def start(system: str, commands: Commands, default: str, description: str) -> No
         commands[name][1](config, run, session)
 
 
+def add(*counts: Mapping[str, int]) -> dict[str, int]:
+    """Sum counters by name."""
+    return {key: sum(c[key] for c in counts) for key in counts[0]}
+
+
 @exits
 def main() -> None:
     """The console script `raysys`."""

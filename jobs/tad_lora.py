@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from actors.group import NodeGroup
 from actors.peer import Peer
-from jobs.cli import ClusterJob, start
+from jobs.cli import ClusterJob, add, start
 from jobs.tad_lora_compare import CompareConfig, compare
 from jobs.tad_lora_theory import STUDIES, TheoryConfig, theory
 from raysys.runtime.blocks import blocks
@@ -115,7 +115,11 @@ def train_once(
     right = np.concatenate([state["right"] for state in last]).astype(np.float64)
     curve = stage.run.metrics.rows(stage.name)
     result = {k: v for k, v in curve[-1].items() if k not in ("stage", "round", "t")}
-    interval = int(states[0]["interval"])
+    intervals = sorted({int(state["interval"]) for state in states})
+    interval = intervals[0]
+    if len(intervals) > 1 or counts["unsettled"]:
+        why = f"T found: {intervals}, {counts['unsettled']} peers unsure; more --probe-rounds would settle it"
+        stage.run.event("peers may disagree on T", stage=stage.name, reason=why)
     if setting.problem == "text" and setting.method == config.method and seed == config.seed:
         factors = [np.concatenate([state[name] for state in states]) for name in ("a", "b")]
         if make_policy(setting.method, max(interval, 1)).changes_base:
@@ -147,7 +151,7 @@ def peer_to_peer(task: Task, loop: Loop, session: Session, block: int) -> Outcom
             rounds.log(t, peers.evaluate(peers.statistics(t)))
     states = rounds.after(lambda: [state for _, state in peers.snapshot()])
     last = rounds.after(lambda: [state for host in peers.each("statistics", task.rounds - 1) for state in host])
-    counts = rounds.after(peers.counters)
+    counts = rounds.after(lambda: peers.counters() | add(*peers.each("outcomes")))
     peers.stop()
     return states, last, counts
 
@@ -162,7 +166,8 @@ def in_process(task: Task, loop: Loop, block: int) -> Outcome:
             rounds.log(t, simulated.evaluate(t))
     states = [peers.state_dict() for peers in simulated.blocks]
     last = [peers.statistics(task.rounds - 1) for peers in simulated.blocks]
-    return states, last, {"messages": simulated.messages, "bytes": simulated.bytes, "refused": 0}
+    counts = {"messages": simulated.messages, "bytes": simulated.bytes, "refused": 0}
+    return states, last, counts | add(*(peers.outcomes() for peers in simulated.blocks))
 
 
 def report(config: TrainConfig, run: Run, results: dict[str, list[dict[str, Any]]]) -> None:

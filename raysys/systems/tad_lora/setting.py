@@ -104,8 +104,13 @@ class Setting(Config):
             raise ValueError(f"weights: got {self.weights!r}; allowed are {', '.join(MIXING)}")
         if self.peers > 1:
             process = make_process(self.topology, self.peers, self.weights, np.random.default_rng(0))
-            if process.directed and (policy.how != "factors" or policy.changes_base):
+            # Push-sum keeps one mass for all that a peer mixes, so both factors must travel together or one of them never.
+            if process.directed and (policy.how != "factors" or self.method == "rolora"):
                 raise ValueError(f"topology: got {self.topology!r}; the method {self.method} needs undirected graphs")
+            if process.directed and self.interval_from == "probe":
+                raise ValueError(
+                    "interval_from: got probe; it measures undirected graphs, and this topology is directed"
+                )
         if policy.changes_base and (self.topology != "complete" or self.absence):
             raise ValueError(
                 f"topology: got {self.topology!r}; {self.method} changes the frozen weights, which stay common to all only"

@@ -76,7 +76,9 @@ def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: li
     for i, (method, interval) in enumerate(arms):
         row: dict[str, Any] = {"method": method, "interval": interval, "topology": topology}
         finite = all(bool(total[i].isfinite().all()) for total in totals.values())
-        rows.append(row | {name: (total[i] / study.window).tolist() if finite else None for name, total in totals.items()})
+        rows.append(
+            row | {name: (total[i] / study.window).tolist() if finite else None for name, total in totals.items()}
+        )
     return rows
 
 

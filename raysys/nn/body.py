@@ -56,7 +56,8 @@ class TextBody:
         self.base, self.layout, self.max_length = base, layout, max_length
         self.device = next(base.model.parameters()).device
         self.lower = base.model
-        self.model = copy.deepcopy(base.model)
+        shared = {id(tensor): tensor for tensor in [*base.model.parameters(), *base.model.buffers()]}
+        self.model = copy.deepcopy(base.model, shared)  # modules of its own, on the same weights
         self.lora = GroupedLora(self.model, layout, bf16)
         self.stack = layer_stack(base.model)
         self.lowest = layout.lowest(self.stack)

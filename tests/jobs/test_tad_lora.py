@@ -14,6 +14,7 @@ from jobs import tad_lora
 from raysys.nn.body import pool
 from raysys.nn.pretrained import find_model, load_base
 from raysys.systems.tad_lora.presets import PRESETS
+from serve.stack import Item, Stack
 
 SMALL = ["--no-wandb", "--seeds", "2", "--rounds", "2", "--steps", "1", "--layers", "1", "--test", "20", "--batch", "2"]
 GRAMMAR = "grammar(difficulty=0.3,train=120,test=40)"
@@ -176,6 +177,9 @@ def test_adapters_of_a_run_load_in_plain_peft_with_the_accuracy_that_was_measure
             logits = pool(model(**made).last_hidden_state, made["attention_mask"], False) @ head.T
         accuracy = float((logits.argmax(1).numpy() == test.y).mean())
         assert accuracy == pytest.approx(result["peers"][peer])
+        stack = Stack(str(folder))  # what serve.adapters answers with
+        served = np.array(stack.probabilities([Item(text, None, stack.read(f"peer-{peer:03d}")) for text in test.first]))
+        assert np.abs(served - logits.softmax(1).numpy()).max() < 1e-5
     names = sorted(path.name for path in (folder / "adapters").iterdir() if path.is_dir())
     assert names == ["consensus", *(f"peer-{i:03d}" for i in range(4))]
     peers = [load_file(folder / "adapters" / f"peer-{i:03d}" / "adapter_model.safetensors") for i in range(4)]

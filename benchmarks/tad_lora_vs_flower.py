@@ -13,10 +13,12 @@ the same seeds). Flower averages A and B over all clients (FedAvg); ours is meth
   paper's length of 128 as public scripts do; the tokens are the same.
 - decentralizepy, the peer-to-peer framework nearest to this, is not on PyPI and cannot be installed here: not measured.
 - Neither side evaluates while it is timed. Seconds per round count from the end of the warm-up, by the clock and in processor
-  time of all processes; `start` runs from starting the process to the end of its first round, for ours the one-off pass of all
-  texts through the lower layers included; `total` to the end of the last of Flower's rounds, on both sides, when the
-  adapters are compared: their accuracy, and how far they lie apart relative to how far they moved (Adam's first steps have the
-  same size whatever the gradient's, so rounding does show). With --repetitions sides alternate and the best one counts.
+  time of all processes. `total` runs from starting the process to the end of the last of Flower's rounds, on both sides; `start`
+  to the end of the first round (`total` less the others: several of ours are under way at once), for ours with the one-off pass
+  of all texts through the lower layers.
+- After Flower's rounds the adapters are compared: their accuracy, and how far they lie apart relative to how far they moved
+  (Adam's first steps have the same size whatever the gradient's, so rounding does show).
+With --repetitions sides alternate and the best one counts.
 """
 
 from __future__ import annotations
@@ -189,9 +191,10 @@ def measure(side: str, folder: Path, ask: dict[str, Any], python: Path) -> dict[
     with np.load(folder / f"{side}.npz") as saved:
         out = {key: saved[key] for key in saved.files}
     warm_up, last = (PEER_WARM_UP if side == "flower" else BARRIER), ask["peer_rounds"]
+    round_s, total_s = per_round(out["stamps"], warm_up), out["stamps"][last] - done.started
     result = {
-        "round_s": per_round(out["stamps"], warm_up), "cpu_s": per_round(out["cpu"], warm_up),
-        "start_s": out["stamps"][1] - done.started, "total_s": out["stamps"][last] - done.started,
+        "round_s": round_s, "cpu_s": per_round(out["cpu"], warm_up),
+        "start_s": total_s - (last - 1) * round_s, "total_s": total_s,
         "total_cpu_s": out["cpu"][last], "peak_mb": done.peak_mb, **out,
     }  # fmt: skip
     print(
@@ -219,34 +222,41 @@ def accuracy(task: Any, factors: np.ndarray) -> float:
     return float(task.learner.evaluate(np.arange(len(factors)), a.contiguous(), b.contiguous(), None).mean())
 
 
-def compare(label: str, pad_to: int, python: Path, repetitions: int, quick: bool) -> dict[str, Any]:
-    """All repetitions of one case."""
-    ask = values(pad_to, quick)
-    seen: dict[str, list[dict[str, Any]]] = {"ours": [], "flower": []}
-    label = f"{ask['peers']} clients, {ask['steps']} local steps, {label}"
-    print(label, flush=True)
+def compare(paddings: dict[str, int], python: Path, repetitions: int, quick: bool) -> list[dict[str, Any]]:
+    """All repetitions of our side and of Flower's with each padding; one row for each padding."""
+    order: list[tuple[str, int]] = [("ours", 0), *paddings.items()]
+    seen: dict[str, list[dict[str, Any]]] = {label: [] for label, _ in order}
     for repetition in range(repetitions):
-        for side in ("ours", "flower")[:: 1 if repetition % 2 == 0 else -1]:
+        for label, pad_to in order[:: 1 if repetition % 2 == 0 else -1]:
+            side = "ours" if label == "ours" else "flower"
             with tempfile.TemporaryDirectory() as name:
-                task = write_problem(Path(name), ask)
-                seen[side].append(measure(side, Path(name), ask, python if side == "flower" else Path(sys.executable)))
-    best = {side: min(each, key=lambda r: r["round_s"]) for side, each in seen.items()}
+                task = write_problem(Path(name), values(pad_to, quick))
+                interpreter = Path(sys.executable) if side == "ours" else python
+                seen[label].append(measure(side, Path(name), values(pad_to, quick), interpreter))
+    return [compared(task, label, seen["ours"], seen[label]) for label in paddings]
+
+
+def compared(task: Any, label: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One case from its repetitions."""
+    best = {"ours": min(ours, key=lambda r: r["round_s"]), "flower": min(theirs, key=lambda r: r["round_s"])}
     final = {side: adapters(task, side, out) for side, out in best.items()}
-    ours_mean, theirs = final["ours"].mean(0).astype(np.float64), final["flower"][0].astype(np.float64)
+    our_mean, server = final["ours"].mean(0).astype(np.float64), final["flower"][0].astype(np.float64)
     start = np.concatenate([x.numpy() for x in task.start(-1)])
-    row: dict[str, Any] = {
-        "case": label, "ours": 1 / best["ours"]["round_s"], "peer": 1 / best["flower"]["round_s"], "unit": "rounds/s",
+    s = task.setting
+    found: dict[str, Any] = {
+        "case": f"{s.peers} clients, {s.steps} local steps, {label}",
+        "ours": 1 / best["ours"]["round_s"], "peer": 1 / best["flower"]["round_s"], "unit": "rounds/s",
         "ratio": best["flower"]["round_s"] / best["ours"]["round_s"],
         "cpu_ratio": best["flower"]["cpu_s"] / best["ours"]["cpu_s"],
-        "total_ratio": min(r["total_s"] for r in seen["flower"]) / min(r["total_s"] for r in seen["ours"]),
-        "rel_diff": float(np.linalg.norm(ours_mean - theirs) / np.linalg.norm(theirs - start)),
-        "compared_rounds": ask["peer_rounds"],
+        "total_ratio": min(r["total_s"] for r in theirs) / min(r["total_s"] for r in ours),
+        "rel_diff": float(np.linalg.norm(our_mean - server) / np.linalg.norm(server - start)),
+        "compared_rounds": PEER_ROUNDS,
     }  # fmt: skip
-    for side, name in (("ours", "ours"), ("flower", "peer")):
-        row[f"{name}_accuracy"] = accuracy(task, final[side])
+    for name, side, each in (("ours", "ours", ours), ("peer", "flower", theirs)):
+        found[f"{name}_accuracy"] = accuracy(task, final[side])
         for key in ("round_s", "cpu_s", "start_s", "total_s", "total_cpu_s", "peak_mb"):
-            row[f"{name}_{key}"] = (max if key == "peak_mb" else min)(float(r[key]) for r in seen[side])
-    return row
+            found[f"{name}_{key}"] = (max if key == "peak_mb" else min)(float(r[key]) for r in each)
+    return found
 
 
 def main() -> None:
@@ -265,7 +275,7 @@ def main() -> None:
     began = time.monotonic()
     python = python_with_peft()
     cases = dict(list(PADDING.items())[: 1 if arguments.quick else None])
-    rows = [compare(label, pad, python, arguments.repetitions, arguments.quick) for label, pad in cases.items()]
+    rows = compare(cases, python, arguments.repetitions, arguments.quick)
     goals = [
         {"goal": f"{GOAL:g} times the rounds: {row['case']}", "measured": row["ratio"], "limit": GOAL,
          "met": row["ratio"] >= GOAL}

@@ -44,6 +44,10 @@ bench: .venv/.installed  ## measure against the peers; figures in docs/benchmark
 	$(BIN)/python benchmarks/aggregation_vs_byzfl.py --json $(RESULTS)/aggregation_vs_byzfl.json
 	$(BIN)/python benchmarks/rounds_vs_flower.py --json $(RESULTS)/rounds_vs_flower.json
 	$(BIN)/python benchmarks/scale.py --json $(RESULTS)/scale.json
+	$(BIN)/python benchmarks/mixing.py --json $(RESULTS)/mixing.json
+	$(BIN)/python benchmarks/grouped_vs_peft.py --json $(RESULTS)/grouped_vs_peft.json
+	$(BIN)/python benchmarks/tad_lora_vs_flower.py --json $(RESULTS)/tad_lora_vs_flower.json
+	$(BIN)/python benchmarks/adapters_vs_peft.py --json $(RESULTS)/adapters_vs_peft.json
 
 cluster-test: .venv/.installed  ## a real `ray up`, `ray job submit` and `ray down` against a throwaway sshd
 	$(BIN)/python -m pytest tests/cluster -v

@@ -47,6 +47,8 @@ class TrainConfig(ClusterJob, Setting):
     """Methods run beside it on the same seeds, data, graphs and batches."""
     block: int = Field(5, ge=1)
     """Peers stepped together in one batch. A block never spans two hosts, so the layout cannot change a number."""
+    log_every: int = Field(1, ge=1)
+    """Rounds between measurements of the cross term and the disagreements. Models are tested in measured rounds only."""
     execution: Literal["actors", "inprocess"] = "actors"
     """actors: peers are Ray actors that exchange object references; inprocess: the same numbers in this process."""
 
@@ -103,7 +105,7 @@ def train_once(
         stage,
         task.rounds,
         snapshot_every=config.cluster.snapshot_every,
-        log_every=1,
+        log_every=config.log_every,
         timeout_s=config.cluster.timeout_s,
         progress=progress,
     )
@@ -115,8 +117,8 @@ def train_once(
     right = np.concatenate([state["right"] for state in last]).astype(np.float64)
     curve = stage.run.metrics.rows(stage.name)
     result = {k: v for k, v in curve[-1].items() if k not in ("stage", "round", "t")}
-    intervals = sorted({int(state["interval"]) for state in states})
-    interval = intervals[0]
+    intervals = sorted({int(T) for state in states for T in state["intervals"]})
+    interval = int(states[0]["interval"])
     if len(intervals) > 1 or counts["unsettled"]:
         why = f"T found: {intervals}, {counts['unsettled']} peers unsure; more --probe-rounds would settle it"
         stage.run.event("peers may disagree on T", stage=stage.name, reason=why)
@@ -147,7 +149,7 @@ def peer_to_peer(task: Task, loop: Loop, session: Session, block: int) -> Outcom
     rounds = loop([peers])
     for t in rounds:
         peers.exchange(t, peers.train(t))
-        if rounds.due(t):
+        if t >= task.delay and rounds.due(t):
             rounds.log(t, peers.evaluate(peers.statistics(t)))
     states = rounds.after(lambda: [state for _, state in peers.snapshot()])
     last = rounds.after(lambda: [state for host in peers.each("statistics", task.rounds - 1) for state in host])
@@ -162,7 +164,7 @@ def in_process(task: Task, loop: Loop, block: int) -> Outcome:
     rounds = loop([Local(name, part) for name, part in simulated.parts().items()])
     for t in rounds:
         simulated.step(t)
-        if rounds.due(t):
+        if t >= task.delay and rounds.due(t):
             rounds.log(t, simulated.evaluate(t))
     states = [peers.state_dict() for peers in simulated.blocks]
     last = [peers.statistics(task.rounds - 1) for peers in simulated.blocks]
@@ -178,7 +180,9 @@ def report(config: TrainConfig, run: Run, results: dict[str, list[dict[str, Any]
         line: dict[str, Any] = {"method": method, "T": each[0]["interval"] or "-"}
         for metric, label, unit, digits in figures.reported(score):
             values = [result[metric] for result in each if result.get(metric) is not None]
-            if values:
+            if len(values) < len(each):
+                line[label] = "diverged"
+            else:
                 interval = mean_ci(values)
                 run.row(metric, interval, method=method, topology=config.topology)
                 line[label] = f"{unit * interval.mean:.{digits}f}"
@@ -190,8 +194,9 @@ def report(config: TrainConfig, run: Run, results: dict[str, list[dict[str, Any]
     curves = {method: [result["curve"] for result in each] for method, each in results.items()}
     run.figure("curves", figures.score_curves(curves, score))
     run.figure("cross-term", figures.cross_term_curves(curves))
-    if config.seeds > 1:
-        for claim in claims.train_claims(results, config.method, score):
+    whole = {method: each for method, each in results.items() if all(result.get(score) is not None for result in each)}
+    if config.seeds > 1 and config.method in whole:
+        for claim in claims.train_claims(whole, config.method, score):
             run.claim(**claim)
 
 

@@ -13,6 +13,7 @@ from jobs.cli import ClusterJob
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.seeds import Seeds, Stream
+from raysys.runtime.sentences import UserError
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import mean_ci, paired_bootstrap
 from raysys.systems.tad_lora import claims, figures
@@ -57,12 +58,20 @@ class CompareConfig(ClusterJob, Setting):
             if method not in METHODS:
                 raise ValueError(f"methods: got {method!r}; allowed are {', '.join(METHODS)}")
             for topology in self.topologies:
-                self.cell(method, topology, self.lrs[0])
+                for lr in self.lrs:
+                    self.cell(method, topology, lr)
         return self
 
     def check(self) -> None:
-        for topology in self.topologies:
-            check_task(Task(self.cell("tad", topology, self.lrs[0]), self.seed))
+        if self.cluster.gpus_per_host:
+            raise ValueError(
+                f"cluster.gpus_per_host: got {self.cluster.gpus_per_host:g}; compare runs on CPUs, train takes GPUs"
+            )
+        check_task(Task(self.cell("tad", self.topologies[0], self.lrs[0]), self.seed))
+        rates = {topology: rho_of(self, topology) for topology in self.topologies}
+        if list(rates.values()) != sorted(rates.values()) or max(rates.values()) >= 1:
+            told = ", ".join(f"{name}: rho {rate:.3f}" for name, rate in rates.items())
+            raise ValueError(f"topologies: got {told}; expected them from dense to sparse, with rho below 1")
 
     @property
     def silent(self) -> set[str]:
@@ -84,7 +93,10 @@ def run_cell(setting: Setting, seed: int, block: int) -> dict[str, Any]:
     curve = []
     for t in range(task.rounds):
         simulated.step(t)
-        curve.append({"round": t, **simulated.evaluate(t)})
+        if t >= task.delay:
+            curve.append({"round": t - task.delay, **simulated.evaluate(t)})
+    if "accuracy" not in curve[-1]:
+        return {"diverged": True}
     right = simulated.right().astype(np.float64)
     return {k: v for k, v in curve[-1].items() if k != "round"} | {
         "items": right.mean(0),
@@ -113,20 +125,21 @@ def compare(config: CompareConfig, run: Run, session: Session) -> None:
     }
     results = run_stages(run, session, units, "compare")
     finals = {(t, m): [results[f"{where[t, m]}/{m}/lr{tuned[t, m]:g}/seed{s}"] for s in seeds] for t, m in cells}
-    for each in finals.values():
+    for (topology, method), each in finals.items():
+        if any("diverged" in result for result in each):
+            raise UserError(
+                f"lrs: {method} on {topology} diverged at its best step size {tuned[topology, method]:g}; try smaller ones"
+            )
         for result in each:
             run.count(messages=result["messages"], bytes=result["bytes"])
-    gains = {}
     for topology in config.topologies:
         lines = []
         ours = np.array([result["items"] for result in finals[topology, "tad"]])
         for method in config.methods:
             each = finals[topology, method]
-            line: dict[str, Any] = {
-                "method": method,
-                "lr": f"{tuned[topology, method]:g}",
-                "T": each[0]["interval"] or "-",
-            }
+            lr = tuned[topology, method]
+            edge = "*" * (lr in (min(config.lrs), max(config.lrs)))
+            line: dict[str, Any] = {"method": method, "lr": f"{lr:g}{edge}", "T": each[0]["interval"] or "-"}
             for metric, label, unit, digits in figures.reported("accuracy"):
                 interval = mean_ci([result[metric] for result in each])
                 run.row(metric, interval, method=method, topology=topology, lr=tuned[topology, method])
@@ -134,15 +147,17 @@ def compare(config: CompareConfig, run: Run, session: Session) -> None:
             if method != "tad":
                 theirs = np.array([result["items"] for result in each])
                 gap = paired_bootstrap(ours, theirs, Seeds(config.seed).rng(Stream.SHUFFLE))
-                gains[topology, method] = gap
-                run.row("tad's gain in accuracy", gap, method=method, topology=topology)
-                line["tad's gain"] = (
-                    f"{100 * gap.mean:+.1f} [{100 * (gap.low or 0):+.1f}, {100 * (gap.high or 0):+.1f}]"
-                )
+                run.row("tad's gain in accuracy, bootstrap over seeds and texts", gap, method=method, topology=topology)
+                gain = mean_ci(ours.mean(1) - theirs.mean(1))
+                run.row("tad's gain in accuracy", gain, method=method, topology=topology)
+                line["tad's gain"] = f"{100 * gain.mean:+.1f}"
+                for label, each_interval in (("t interval", gain), ("bootstrap", gap)):
+                    if each_interval.low is not None and each_interval.high is not None:
+                        line[label] = f"[{100 * each_interval.low:+.1f}, {100 * each_interval.high:+.1f}]"
             line["CPU s"] = f"{np.mean([result['cpu_s'] for result in each]):.0f}"
             lines.append(line)
         run.grid(
-            f"{topology}: accuracy at each method's best step size, {config.seeds} seeds, gain with 95 % interval",
+            f"{topology}: accuracy at each method's best step size (*: at the edge of those tried), {config.seeds} seeds",
             lines,
         )
         name = topology.replace("(", "-").rstrip(")").replace("=", "")
@@ -170,7 +185,7 @@ def compare(config: CompareConfig, run: Run, session: Session) -> None:
         }
         run.figure(f"{metric.replace('_', '-')}-over-rho", figures.accuracy_over_rho(lines_of, label))
     if config.seeds > 1:
-        for claim in claims.compare_claims(finals, gains, config.topologies):
+        for claim in claims.compare_claims(finals, config.topologies):
             run.claim(**claim)
 
 
@@ -203,7 +218,7 @@ def tune_steps(
     tuned, lines = {}, []
     for topology, method in cells:
         scores = {
-            lr: float(np.mean([results[unit(topology, method, lr, s)]["accuracy"] for s in seeds]))
+            lr: float(np.mean([results[unit(topology, method, lr, s)].get("accuracy", -1.0) for s in seeds]))
             for lr in sorted(config.lrs)
         }
         tuned[topology, method] = max(scores, key=lambda lr: scores[lr])

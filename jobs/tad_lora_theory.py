@@ -4,8 +4,9 @@ the sweep over any field with Ray Tune."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ from raysys.systems.tad_lora.study import Study, run_arms
 from raysys.systems.tad_lora.task import Task, check_task, contraction_of
 
 METHOD_INTERVALS = [1, 2, 3, 5, 10, 15, 25]
+TUNED_INTERVALS = [1, 5, 15, 25]
+STEP_SIZES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2]
+"""Tried for every method and graph; the common step size of the other tables is the last, that of the specification."""
+TUNING_SEEDS = 1000
+"""Seeds that step sizes and T are tuned on start this much later than those that are reported."""
 
 
 class TheoryConfig(ClusterJob):
@@ -49,8 +55,8 @@ class TheoryConfig(ClusterJob):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if sorted(self.p, reverse=True) != self.p or not all(0 < p <= 1 for p in self.p):
-            raise ValueError(f"p: got {self.p}; expected probabilities from the largest to the smallest")
+        if sorted(set(self.p), reverse=True) != self.p or not all(0 < p <= 1 for p in self.p):
+            raise ValueError(f"p: got {self.p}; expected different probabilities from the largest to the smallest")
         if min(self.intervals) < 1 or 1 not in self.intervals or len(set(self.intervals)) < len(self.intervals):
             raise ValueError(f"intervals: got {self.intervals}; expected different whole numbers, 1 among them")
         if 4 * max(self.intervals) > self.rounds:
@@ -66,10 +72,21 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
     names = {p: f"erdos_renyi(p={p:g})" for p in config.p}
     short = Study(peers=config.peers, adam=config.adam)
     long = Study(peers=config.peers, adam=config.adam, rounds=config.rounds, window=2 * max(config.intervals))
-    arms = [("lora", 0), ("ffa", 0), ("rolora", 0), *[("tad", T) for T in METHOD_INTERVALS]]
+    rng = Seeds(config.seed).rng(Stream.GRAPH, 1)
+    rho = {n: contraction_of(make_process(n, config.peers, short.weights, rng), rng) for n in names.values()}
+    law = {name: select_interval(rho[name], config.kappa, short.rounds) for name in rho}
+    one_step = sorted({*METHOD_INTERVALS, *law.values()})
+    arms = [("lora", 0), ("ffa", 0), ("rolora", 0), *[("tad", T) for T in one_step]]
+    few = [("lora", 0), ("ffa", 0), ("rolora", 0), *[("tad", T) for T in TUNED_INTERVALS]]
     sweep = [("lora", 0), *[("tad", T) for T in sorted(config.intervals)]]
     units: dict[str, Any] = {f"sweep/{name}": (study_rows, (long, name, sweep, seeds)) for name in names.values()}
     units |= {f"methods/{name}": (study_rows, (short, name, arms, seeds)) for name in names.values()}
+    every = seeds + [seed + TUNING_SEEDS for seed in seeds]
+    units |= {
+        f"tuned/{name}/lr{lr:g}": (study_rows, (replace(short, lr=lr), name, few, every))
+        for name in names.values()
+        for lr in STEP_SIZES
+    }
     results = run_stages(run, session, units, "theory")
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {
         study: {
@@ -82,9 +99,7 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
         for row in result["rows"]:
             if row["error"] is None:
                 run.event("diverged", study=unit, method=row["method"], T=row["interval"])
-    rng = Seeds(config.seed).rng(Stream.GRAPH, 1)
-    rho = {name: contraction_of(make_process(name, config.peers, short.weights, rng), rng) for name in sweeps}
-    law = {name: select_interval(rho[name], config.kappa, config.rounds) for name in sweeps}
+    tuned = {name: tune(config, run, name, results) for name in names.values()}
     best = {name: claims.best_interval(rows) for name, rows in sweeps.items()}
     for study, table in tables.items():
         lines = []
@@ -105,6 +120,12 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
             lines.append(line | ({"best T": best[name], "T by the law": law[name]} if study == "sweep" else {}))
         rounds = (short if study == "methods" else long).rounds
         run.grid(f"Relative error of the peers' models after {rounds} rounds, mean of {config.seeds} seeds", lines)
+    run.grid(
+        f"Relative error, each method at its own best step size (and T), chosen on {config.seeds} other seeds",
+        [{"graph": name} | {m: f"{np.mean(errors):.4f}" for m, errors in tuned[name].items()} for name in tuned],
+    )
+    over_rho = {m: [(rho[name], tuned[name][m]) for name in tuned] for m in ("lora", "rolora", "ffa", "tad")}
+    run.figure("error-tuned", figures.accuracy_over_rho(over_rho, "relative error, each at its own step size"))
     run.figure("error-over-interval", figures.interval_sweep(sweeps, "error", "relative error of the peers' models"))
     run.figure("cross-term-over-interval", figures.interval_sweep(sweeps, "cross_term", "cross term $||C||_F$"))
     run.figure(
@@ -117,8 +138,32 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
     cells["tad, best T"] = [(rho[name], claims.best_errors(rows)) for name, rows in methods.items()]
     run.figure("error-over-rho", figures.accuracy_over_rho(cells, "relative error of the peers' models"))
     if config.seeds > 1:
-        for claim in claims.theory_claims(methods, sweeps, rho):
+        for claim in claims.theory_claims(methods, tuned, sweeps, rho, law):
             run.claim(**claim)
+
+
+def tune(config: TheoryConfig, run: Run, name: str, results: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Errors by reported seed of every method at the step size (and T) with the least mean error on the tuning seeds."""
+    found = {}
+    for method in ("lora", "rolora", "ffa", "tad"):
+        tried = [
+            (float(np.mean(row["error"][config.seeds :])), lr, row)
+            for lr in STEP_SIZES
+            for row in results[f"tuned/{name}/lr{lr:g}"]["rows"]
+            if row["method"] == method and row["error"] is not None
+        ]
+        _, lr, best = min(tried, key=lambda each: each[0])
+        found[method] = best["error"][: config.seeds]
+        run.row(
+            "relative error",
+            mean_ci(found[method]),
+            study="tuned",
+            topology=name,
+            method=method,
+            T=best["interval"],
+            lr=lr,
+        )
+    return found
 
 
 def study_rows(study: Study, topology: str, arms: list[tuple[str, int]], seeds: list[int]) -> dict[str, Any]:
@@ -132,10 +177,18 @@ class SweepConfig(SweepFlags, Setting):
 
     space: list[str] = Field(["interval=1,2,3,5,10", "lr=1e-3,2e-3,5e-3"], min_length=1)
     """What varies: field=a,b,c or field=low..high, with :log or :int for a logarithmic or whole range."""
+    validate_on: Literal["test", "validation"] = "validation"
+    """What trials are measured on: held-out training texts, so that nothing is tuned on the test set."""
     block: int = Field(5, ge=1)
     """Peers stepped together in one batch."""
 
     def check(self) -> None:
+        if self.cluster.gpus_per_host:
+            raise ValueError(
+                f"cluster.gpus_per_host: got {self.cluster.gpus_per_host:g}; a sweep runs on CPUs, train takes GPUs"
+            )
+        if self.mode == "max" and not self.metric.endswith("accuracy"):
+            raise ValueError(f"mode: got max; less {self.metric} is better, so give --mode min")
         check_task(Task(self, self.seed))
         score = "error" if self.problem == "regression" else "accuracy"
         measured = {score, f"worst_{score}", f"consensus_{score}", "cross_term", "relative_cross_term"}

@@ -75,5 +75,7 @@ def local_cross_term(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
 
 
 def _square(left: Tensor, right: Tensor) -> float:
-    """||left right||_F^2 = tr((left^T left)(right right^T))."""
+    """||left right||_F^2 = tr((left^T left)(right right^T)), or of the product itself where that is the smaller matrix."""
+    if left.shape[1] ** 2 > left.shape[0] * right.shape[1]:
+        return float((left @ right).square().sum())
     return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)

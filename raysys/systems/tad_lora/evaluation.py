@@ -27,27 +27,34 @@ F32 = NDArray[np.float32]
 def evaluate(task: Task, parts: Sequence[State]) -> dict[str, float]:
     """Measurements after a round, from the statistics of all blocks.
 
+    broken: peers whose factors are not finite, left out of all else (with none left there is nothing else).
     cross_term: ||C||_F over all layers, C = mean product minus product of means; relative_cross_term: over ||Bbar Abar||_F;
     disagreement_a, disagreement_b: D_A = (1/n) sum_i ||A_i - Abar||^2, and D_B; consensus: their sum; rho: running estimate
     from the mixing matrices so far; and where a test was due accuracy (or relative error), worst, spread and consensus.
     """
     a, b = (torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in ("a", "b"))
+    whole = a.isfinite().all(1) & b.isfinite().all(1)
+    broken = {"broken": float((~whole).sum())}
+    if not whole.any():
+        return broken
+    a, b = a[whole], b[whole]
     layout = task.layout
     squares = [cross_term(a_l, b_l) for a_l, b_l in zip(layout.split_a(a), layout.split_b(b), strict=True)]
     cross = layout.scale * sum(c for c, _ in squares) ** 0.5
     product = layout.scale * sum(p for _, p in squares) ** 0.5
     spread_a, spread_b = disagreement(a), disagreement(b)
-    found = {
+    found = broken | {
         "cross_term": cross,
         "relative_cross_term": cross / product if product else 0.0,
         "disagreement_a": spread_a,
         "disagreement_b": spread_b,
         "consensus": spread_a + spread_b,
     }
-    if task.process is not None:
+    if task.process is not None and int(parts[0]["round"]) >= 0:
         found["rho"] = realised_rho(task, int(parts[0]["round"]))
     if "right" in parts[0]:
-        found |= scores(task, np.concatenate([p["right"] for p in parts]), consensus_right(task, parts))
+        right = np.concatenate([p["right"] for p in parts])[whole.numpy()]
+        found |= scores(task, right, consensus_right(task, parts, a, b))
     return found
 
 
@@ -57,18 +64,12 @@ def disagreement(factors: torch.Tensor) -> float:
     return float((exact - exact.mean(0)).square().sum(1).mean())
 
 
-def consensus_factors(parts: Sequence[State]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, size_a), (1, size_b): the averages over all peers."""
-    means = [np.concatenate([p[name] for p in parts]).astype(np.float64).mean(0) for name in ("a", "b")]
-    return torch.from_numpy(means[0]).float()[None], torch.from_numpy(means[1]).float()[None]
-
-
-def consensus_right(task: Task, parts: Sequence[State]) -> F32:
-    """(1, N): how right the averaged model is."""
+def consensus_right(task: Task, parts: Sequence[State], a: torch.Tensor, b: torch.Tensor) -> F32:
+    """(1, N): how right the model of the averaged factors is."""
     names = sorted((key for key in parts[0] if key.startswith("shift.")), key=lambda key: int(key[6:]))
     shift = [torch.from_numpy(parts[0][name]) for name in names] or None
-    a, b = consensus_factors(parts)
-    return task.learner.evaluate(np.zeros(1, np.int64), a, b, shift)
+    means = [factor.double().mean(0).float()[None] for factor in (a, b)]
+    return task.learner.evaluate(np.zeros(1, np.int64), means[0], means[1], shift)
 
 
 def scores(task: Task, right: F32, consensus: F32) -> dict[str, float]:
@@ -93,7 +94,6 @@ def realised_rho(task: Task, round: int) -> float:
     if done > round + 1:
         running, done = RunningContraction(task.setting.peers), 0
     for t in range(done, round + 1):
-        here = present(task.setting, task.seeds, t)
-        running.add(task.process.mixing(t, task.seeds.rng(Stream.GRAPH, 0, t), here))
+        running.add(task.process.mixing(t, task.seeds.rng(Stream.GRAPH, 0, t), present(task.setting, task.seeds, t)))
     task.__dict__["_realised"] = (running, round + 1)
     return running.value

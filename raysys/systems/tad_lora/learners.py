@@ -112,6 +112,7 @@ class GroupedLearner(Steps):
     ) -> tuple[Tensor, Tensor]:
         device = self.body.device
         encoded = self.store.of(np.concatenate([self.division[i] for i in nodes]))
+        shift = None if shift is None else [each.to(device) for each in shift]
         leaves = {"A": a.to(device).clone(), "B": b.to(device).clone()}
         groups = {name: [leaves[name].requires_grad_(True)] for name in active}
         optimizer = self.optimizer(groups, round)
@@ -130,6 +131,7 @@ class GroupedLearner(Steps):
     @torch.no_grad()
     def evaluate(self, nodes: I64, a: Tensor, b: Tensor, shift: Sequence[Tensor] | None) -> F32:
         device, total = self.body.device, len(self.held_out.y)
+        shift = None if shift is None else [each.to(device) for each in shift]
         encoded = self.held.of(np.arange(total))
         found = []
         for at in range(0, total, EVAL_BATCH):

@@ -35,10 +35,16 @@ Restart = Callable[[int], tuple[Tensor, Tensor]]
 """Round -> the common flat factors (size_a,), (size_b,) that peers start from."""
 
 
-def present(setting: Setting, seeds: Seeds, round: int) -> NDArray[np.bool_]:
-    """(n,) who is here in a round: the same answer everywhere."""
+Mixing = Callable[[int, NDArray[np.bool_]], Matrix]
+"""Round of training (negative: of the probe before it) and who sent something usable -> W (n, n)."""
+PROBING = 1 << 40
+"""Added to the numbers of probing rounds, which count up to -1: training sees the same graphs with and without a probe."""
+
+
+def present(setting: Setting, seeds: Seeds, t: int) -> NDArray[np.bool_]:
+    """(n,) who is here in a round of training (t >= 0) or of the probe before it: the same answer everywhere."""
     everyone = np.arange(setting.peers)
-    return seeds.uniform(Stream.PARTICIPATION, everyone, round, 1)[:, 0] >= setting.absence
+    return seeds.uniform(Stream.PARTICIPATION, everyone, t if t >= 0 else t + PROBING, 1)[:, 0] >= setting.absence
 
 
 class Peers:
@@ -46,10 +52,10 @@ class Peers:
 
     def __init__(
         self, learner: Learner, restart: Restart, setting: Setting, seeds: Seeds, nodes: I64, process: Process | None,
-        interval: int, probe: Probe | None,
+        mixing: Mixing, interval: int, probe: Probe | None,
     ) -> None:  # fmt: skip
         self.learner, self.restart, self.setting, self.seeds, self.nodes = learner, restart, setting, seeds, nodes
-        self.process, self.interval, self.probe = process, interval, probe
+        self.process, self.mixing, self.interval, self.probe = process, mixing, interval, probe
         a, b = restart(-1)
         self.a = a.repeat(len(nodes), 1).numpy()
         self.b = b.repeat(len(nodes), 1).numpy()
@@ -59,6 +65,7 @@ class Peers:
         if self._policy().changes_base:
             self.shift = [torch.zeros(shape) for shape in learner.layout.shapes]
         self.refused = self.unsettled = 0
+        self.intervals = np.full(len(nodes), interval, np.int64)
         self._tested: tuple[int, F32] | None = None
 
     @property
@@ -70,14 +77,15 @@ class Peers:
         return make_policy(self.setting.method, max(self.interval, 1))
 
     def _here(self, t: int) -> I64:
-        return np.flatnonzero(present(self.setting, self.seeds, t)[self.nodes])
+        return np.flatnonzero(present(self.setting, self.seeds, t - self.delay)[self.nodes])
 
     def _agreed(self) -> None:
         """Take the interval from the probe, once it has ended."""
         if self.probe is not None and not self.interval:
             s = self.setting
-            self.interval = int(self.probe.interval(lambda rho: select_interval(rho, s.kappa, s.rounds)).max())
-            self.unsettled = int((~self.probe.settled).sum())
+            self.intervals = self.probe.interval(lambda rho: select_interval(rho, s.kappa, s.rounds))
+            self.interval = int(self.intervals.max())
+            self.unsettled = int((~self.probe.settled | (self.intervals != self.interval)).sum())
 
     def train(self, round: int) -> tuple[I64, F32]:
         """Local steps; ids (k',) of the peers here, and the rows (k', width) they send."""
@@ -93,7 +101,10 @@ class Peers:
             self.nodes[here], torch.from_numpy(self.a[here]), torch.from_numpy(self.b[here]), t, policy.trains(t), mine,
             self.shift,
         )  # fmt: skip
-        self.a[here], self.b[here] = a.numpy(), b.numpy()
+        # Push-sum steps act on mass times z (Assran et al. 2019, algorithm 1), so z moves by the step over the mass; elsewhere 1.
+        mass = self.mass[here, None].astype(np.float32)
+        self.a[here] = np.where(mass == 1, a.numpy(), self.a[here] + (a.numpy() - self.a[here]) / mass)
+        self.b[here] = np.where(mass == 1, b.numpy(), self.b[here] + (b.numpy() - self.b[here]) / mass)
         self.moments.update(mine)  # moments are kept only where nobody is ever absent
         return self.nodes[here], self._row(policy.mixes(t))[here]
 
@@ -101,13 +112,9 @@ class Peers:
         """What is sent: the named factors, and on directed graphs the mass."""
         parts = [{"A": self.a, "B": self.b}[name] for name in factors]
         if self.process is not None and self.process.directed and factors:
-            parts.append(self.mass[:, None].astype(np.float32))
+            high = self.mass.astype(np.float32)  # the mass in two float32: it is conserved to more than one can hold
+            parts.append(np.stack([high, (self.mass - high).astype(np.float32)], 1))
         return np.concatenate(parts, 1) if parts else np.empty((len(self.nodes), 0), np.float32)
-
-    def mixing(self, round: int, sent: NDArray[np.bool_]) -> Matrix:
-        """W (n, n) of a round, given who sent something usable."""
-        assert self.process is not None
-        return self.process.mixing(round, self.seeds.rng(Stream.GRAPH, 0, round), sent)
 
     def exchange(self, round: int, ids: I64, rows: F32, edges: object) -> Sequence[I64]:
         """Mix what the others sent.
@@ -124,11 +131,12 @@ class Peers:
         if self.process is None or not (probing or factors):
             return nobody
         finite = np.isfinite(rows).all(1)
-        self.refused += int((~finite).sum())
-        ids, rows = ids[finite], rows[finite]
+        if not finite.all():
+            self.refused += int((~finite).sum())
+            ids, rows = ids[finite], rows[finite]
         sent = np.zeros(self.setting.peers, bool)
         sent[ids] = True
-        weights = self.mixing(round, sent)
+        weights = self.mixing(round - self.delay, sent)
         if probing:
             assert self.probe is not None
             self.probe.mix(round, ids, rows, weights[self.nodes])
@@ -149,7 +157,7 @@ class Peers:
             return
         a, b = self._layers(rows)
         if how in ("stack", "residual"):
-            self._change_base(how, t, a, b, torch.from_numpy(local[0]) if len(mine) else None)
+            self._change_base(how, t, a, b)
             return
         for k, w in zip(mine, torch.from_numpy(local), strict=True):
             senders = w.nonzero()[:, 0]
@@ -165,7 +173,7 @@ class Peers:
     def _mix_factors(self, factors: str, mine: I64, rows: F32, local: Matrix) -> None:
         assert self.process is not None
         if self.process.directed:
-            mixed, self.mass[mine] = push_sum(rows[:, :-1], rows[:, -1].astype(np.float64), local)
+            mixed, self.mass[mine] = push_sum(rows[:, :-2], rows[:, -2:].astype(np.float64).sum(1), local)
         else:
             mixed = mix(rows, *to_csr(local))
         at = 0
@@ -182,9 +190,10 @@ class Peers:
         a, b = whole[:, : layout.size_a], whole[:, layout.size_a : layout.size_a + layout.size_b]
         return layout.split_a(a), layout.split_b(b)
 
-    def _change_base(self, how: str, t: int, a: list[Tensor], b: list[Tensor], w: Tensor | None) -> None:
+    def _change_base(self, how: str, t: int, a: list[Tensor], b: list[Tensor]) -> None:
         """Everyone hears everyone: the exact mean product enters W0 (stack), or what the mean factors lack of it (residual)."""
-        if w is None:
+        w = torch.full((len(a[0]),), 1.0 / max(len(a[0]), 1), dtype=torch.float64)
+        if not len(w):
             return
         assert self.shift is not None
         scale = self.learner.layout.scale
@@ -206,7 +215,7 @@ class Peers:
 
     def statistics(self, round: int) -> State:
         """Factors, and how right each peer's model is on the test items where a test is due."""
-        found = {"a": self.a, "b": self.b, "round": np.array(round)}
+        found = {"a": self.a, "b": self.b, "round": np.array(round - self.delay)}
         if self.tests(round):
             if self._tested is None or self._tested[0] != round:
                 self._tested = round, self.right()
@@ -223,7 +232,11 @@ class Peers:
 
     def state_dict(self) -> State:
         state: State = {"a": self.a, "b": self.b, "mass": self.mass, "refused": np.array(self.refused)}
-        state |= {"interval": np.array(self.interval), "unsettled": np.array(self.unsettled)}
+        state |= {
+            "interval": np.array(self.interval),
+            "unsettled": np.array(self.unsettled),
+            "intervals": self.intervals,
+        }
         state |= {f"moments.{key}": value for key, value in self.moments.items()}
         if self.shift is not None:
             state |= {f"shift.{i}": s.numpy() for i, s in enumerate(self.shift)}
@@ -234,7 +247,7 @@ class Peers:
     def load_state_dict(self, state: State) -> None:
         self.a, self.b, self.mass = state["a"].copy(), state["b"].copy(), state["mass"].copy()
         self.refused, self.interval = int(state["refused"]), int(state["interval"])
-        self.unsettled = int(state["unsettled"])
+        self.unsettled, self.intervals = int(state["unsettled"]), state["intervals"].copy()
         self.moments = {key[8:]: value.copy() for key, value in state.items() if key.startswith("moments.")}
         if self.shift is not None:
             self.shift = [torch.from_numpy(state[f"shift.{i}"].copy()) for i in range(len(self.shift))]

@@ -58,7 +58,7 @@ class Setting(Config):
     the first round, of which no peer needs to know the process."""
     probe_rounds: int = Field(200, ge=20)
     """Rounds of messages among the peers that a probe takes before training."""
-    peers: int = Field(10, ge=1, le=100_000)
+    peers: int = Field(10, ge=1, le=5_000)
     """Peers n."""
     partition: str = "dirichlet(1.0)"
     """How training texts are divided: iid, dirichlet(ALPHA), skew (the paper's label skew), shards(PER_NODE), natural."""
@@ -98,8 +98,8 @@ class Setting(Config):
         policy = make_policy(self.method, max(self.interval, 1))
         if self.method == "adf" and not self.interval:
             raise ValueError("interval: got 0; adf alternates at a given interval of at least 1, tad chooses its own")
-        if self.method == "centralised" and self.peers != 1:
-            raise ValueError(f"peers: got {self.peers}; the method centralised is one node with all data")
+        if self.method == "centralised" and (self.peers != 1 or self.problem != "text"):
+            raise ValueError(f"peers: got {self.peers}; the method centralised is one node with all texts")
         if self.weights not in MIXING:
             raise ValueError(f"weights: got {self.weights!r}; allowed are {', '.join(MIXING)}")
         if self.peers > 1:
@@ -115,6 +115,15 @@ class Setting(Config):
             raise ValueError(
                 f"topology: got {self.topology!r}; {self.method} changes the frozen weights, which stay common to all only"
                 " with topology complete and absence 0"
+            )
+        if policy.changes_base and self.weights not in ("metropolis_hastings", "max_degree"):
+            raise ValueError(
+                f"weights: got {self.weights!r}; {self.method} needs the plain mean: metropolis_hastings or max_degree"
+            )
+        if self.backend == "peft" and (policy.changes_base or self.precision != "float32"):
+            raise ValueError(
+                f"backend: got peft; it runs in float32 and cannot change the frozen weights (method {self.method},"
+                f" precision {self.precision})"
             )
         if self.optimizer_state == "kept" and (self.problem == "regression" or self.absence):
             raise ValueError("optimizer_state: got kept; it needs the problem text and absence 0")

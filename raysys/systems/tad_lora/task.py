@@ -16,7 +16,15 @@ from torch import Tensor
 
 from raysys.data import make_partition
 from raysys.data.texts import TextDataset, Texts, load_texts
-from raysys.graph import Probe, Process, contraction_closed_form, contraction_monte_carlo, make_process
+from raysys.graph import (
+    Matrix,
+    Probe,
+    Process,
+    RunningContraction,
+    contraction_closed_form,
+    contraction_monte_carlo,
+    make_process,
+)
 from raysys.nn.body import TextBody, random_head
 from raysys.nn.lora import Layout, find_layout
 from raysys.nn.pretrained import load_base
@@ -25,7 +33,7 @@ from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.tad_lora import regression
 from raysys.systems.tad_lora.interval import select_interval
 from raysys.systems.tad_lora.learners import GroupedLearner, Learner, PeftLearner
-from raysys.systems.tad_lora.peers import Peers
+from raysys.systems.tad_lora.peers import PROBING, Peers, present
 from raysys.systems.tad_lora.setting import Setting
 
 I64 = NDArray[np.int64]
@@ -71,13 +79,34 @@ class Task:
         """Contraction rate of the declared process: closed form, or Monte Carlo with its own random numbers."""
         if self.process is None:
             return 0.0
-        return contraction_of(self.process, self.seeds.rng(Stream.GRAPH, 1))
+        rng = self.seeds.rng(Stream.GRAPH, 1)
+        if not self.setting.absence:
+            return contraction_of(self.process, rng)
+        running = RunningContraction(self.setting.peers)  # absent peers make the graph sparser than declared
+        for t in range(DRAWS // 4):
+            running.add(self.process.mixing(t, rng, present(self.setting, self.seeds, t)))
+        return running.value
+
+    def mixing(self, t: int, sent: NDArray[np.bool_]) -> Matrix:
+        """W (n, n) of a round of training (t < 0: of the probe before it), given who sent something usable. Blocks of a
+        process ask for the same one."""
+        key = t, sent.tobytes()
+        if self.__dict__.get("_mixed", (None,))[0] != key:
+            assert self.process is not None
+            rng = self.seeds.rng(Stream.GRAPH, 0, t) if t >= 0 else self.seeds.rng(Stream.GRAPH, 2, t + PROBING)
+            self.__dict__["_mixed"] = (
+                key,
+                self.process.mixing(t if t >= 0 else t + self.setting.probe_rounds, rng, sent),
+            )
+        return self.__dict__["_mixed"][1]
 
     @property
     def interval(self) -> int:
         """T where it is known before the first round; 0 where a probe is to find it."""
         s = self.setting
-        if s.interval or s.method not in ("tad", "adf"):
+        if s.method not in ("tad", "adf"):
+            return 0
+        if s.interval:
             return s.interval
         return 0 if self.probes else select_interval(self.rho, s.kappa, s.rounds)
 
@@ -97,7 +126,12 @@ class Task:
     @property
     def rounds(self) -> int:
         """Rounds in all, those of a probe included."""
-        return self.setting.rounds + (self.setting.probe_rounds if self.probes else 0)
+        return self.setting.rounds + self.delay
+
+    @property
+    def delay(self) -> int:
+        """Rounds of a probe before the first of training."""
+        return self.setting.probe_rounds if self.probes else 0
 
     @cached_property
     def texts(self) -> tuple[Texts, Texts]:
@@ -124,7 +158,7 @@ class Task:
     @cached_property
     def layout(self) -> Layout:
         s = self.setting
-        return regression.LAYOUT if s.problem == "regression" else layout_of(s)
+        return regression.LAYOUT if s.problem == "regression" else layout_of(s, self.device)
 
     def start(self, round: int) -> tuple[Tensor, Tensor]:
         """Flat factors that all peers start from before the first round (-1), or anew after a round."""
@@ -147,12 +181,22 @@ class Task:
     def head(self) -> Tensor:
         """(C, d) the frozen head that all peers share."""
         classes = len(texts_of(self.setting.data).labels)
-        return random_head(classes, load_base(self.setting.model).width, self.seeds.generator(Stream.INIT, 1))
+        return random_head(
+            classes, load_base(self.setting.model, self.device).width, self.seeds.generator(Stream.INIT, 1)
+        )
 
     def peers(self, nodes: I64) -> Peers:
         """A block of peers."""
         return Peers(
-            self.learner, self.start, self.setting, self.seeds, nodes, self.process, self.interval, self.probe(nodes)
+            self.learner,
+            self.start,
+            self.setting,
+            self.seeds,
+            nodes,
+            self.process,
+            self.mixing,
+            self.interval,
+            self.probe(nodes),
         )
 
 
@@ -169,9 +213,9 @@ def chosen_of(texts: Texts, rows: I64) -> Texts:
     return Texts(tuple(texts.first[i] for i in rows), second, texts.y[rows], group)
 
 
-def layout_of(s: Setting) -> Layout:
+def layout_of(s: Setting, device: str = "cpu") -> Layout:
     """The adapted layers of the setting's model."""
-    return find_layout(load_base(s.model).model, s.targets, s.layers, s.rank, s.alpha)
+    return find_layout(load_base(s.model, device).model, s.targets, s.layers, s.rank, s.alpha)
 
 
 Key = tuple[str, str]
@@ -200,7 +244,7 @@ def body_of(key: Key) -> tuple[TextBody, TextStore, TextStore]:
     """The model with adapters, and the training and test texts below them: once per process, for all methods and seeds."""
     s, device = Setting.model_validate_json(key[0]), key[1]
     base = load_base(s.model, device)
-    body = TextBody(base, layout_of(s), s.max_length, s.precision == "bfloat16")
+    body = TextBody(base, layout_of(s, device), s.max_length, s.precision == "bfloat16")
     train, test = Task(s, 0).texts
     return body, TextStore(body, train.first, train.second), TextStore(body, test.first, test.second)
 
@@ -220,9 +264,10 @@ def check_task(task: Task) -> None:
     if task.setting.problem == "text":
         texts_of(task.setting.data)
         try:
-            layout_of(task.setting)
+            base, layout = load_base(task.setting.model), layout_of(task.setting)
         except ImportError as error:
             raise ValueError(f"model: text needs the extra raysys[text] ({error})") from error
+        TextBody(base, layout, task.setting.max_length).check()
         if not len(task.texts[1].y):
             raise ValueError(f"data: got {task.setting.data!r}; it has no texts to test on")
         assert task.division

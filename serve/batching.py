@@ -3,21 +3,28 @@
 Notable choices
 - The next batch is whatever has come while the last one was computed. `ray.serve.batch` closes a batch when its timer ends, also
   while the model is busy, so that under load small batches queue up behind each other, just when large ones are needed.
+- A batch that fails is computed again item by item: only those that fail alone are failed.
 - Work runs in a thread: the loop goes on taking requests.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from serve.refusal import Refused
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 R = TypeVar("R")
+Waiting = tuple[T, asyncio.Future[R], float]
+"""An item, who waits for its result, and since when."""
+log = logging.getLogger("ray.serve")
 
 
 class Batcher(Generic[T, R]):
@@ -30,7 +37,7 @@ class Batcher(Generic[T, R]):
 
     def __init__(self, work: Callable[[list[T]], Sequence[R]], limit: int, wait_s: float) -> None:
         self.work, self.limit, self.wait_s = work, limit, wait_s
-        self._queue: deque[tuple[T, asyncio.Future[R], float]] = deque()
+        self._queue: deque[Waiting[T, R]] = deque()
         self._thread = ThreadPoolExecutor(1, "model")
         self._more = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
@@ -44,25 +51,36 @@ class Batcher(Generic[T, R]):
         return await future
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._company()
             taken = [self._queue.popleft() for _ in range(min(self.limit, len(self._queue)))]
-            taken = [one for one in taken if not one[1].done()]  # whoever gave up is not computed
-            if not taken:
-                continue
-            try:
-                results = await loop.run_in_executor(self._thread, self.work, [item for item, _, _ in taken])
-                if len(results) != len(taken):
-                    raise RuntimeError(f"a batch of {len(taken)} items gave {len(results)} results")
-            except Exception as wrong:  # noqa: BLE001 (it is raised again where each item was asked for)
-                for _, future, _ in taken:
-                    if not future.done():
-                        future.set_exception(wrong)
-                continue
-            for (_, future, _), result in zip(taken, results, strict=True):
+            await self._answer(taken)
+
+    async def _answer(self, taken: list[Waiting[T, R]]) -> None:
+        """Compute a batch and tell everyone in it; if it fails, each item by itself, so that one does not fail the others."""
+        taken = [one for one in taken if not one[1].done()]  # whoever gave up is not computed
+        if not taken:
+            return
+        items, loop = [item for item, _, _ in taken], asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._thread, self.work, items)
+            if len(results) != len(taken):
+                raise RuntimeError(f"a batch of {len(taken)} items gave {len(results)} results")
+        except Exception as wrong:  # noqa: BLE001 (it is raised again where each item was asked for)
+            if len(taken) > 1 and not isinstance(wrong, Refused):
+                log.warning(
+                    "a batch of %d failed, each is tried alone: %s: %s", len(taken), type(wrong).__name__, wrong
+                )
+                for one in taken:
+                    await self._answer([one])
+                return
+            for _, future, _ in taken:
                 if not future.done():
-                    future.set_result(result)
+                    future.set_exception(wrong)
+            return
+        for (_, future, _), result in zip(taken, results, strict=True):
+            if not future.done():
+                future.set_result(result)
 
     async def _company(self) -> None:
         """Until there is a full batch, or something and its time of waiting is over."""

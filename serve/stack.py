@@ -2,7 +2,8 @@
 
 The folder `<run>/adapters`, at any path or URI that pyarrow.fs opens:
 
-    classifier.json        {"format": 1, "model": ..., "labels": [...], "max_length": ..., "pair": ...}
+    classifier.json        {"format": 1, "model": ..., "labels": [...], "max_length": ..., "pair": ...,
+                           "precision": "float32" (if missing) or "bfloat16"}
     head.safetensors       tensor `head` (C, d), float32: the classes' logits are head @ pooled text
     <name>/                one peft adapter: adapter_config.json, adapter_model.safetensors
 
@@ -45,6 +46,8 @@ class Classifier(BaseModel):
     labels: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2)
     max_length: int = Field(ge=1)
     pair: bool
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen layers' products, as in training."""
 
 
 class Artifact:
@@ -118,7 +121,8 @@ class Stack:
         model: loaded instead of the one that classifier.json names, if given; it must have the same layers.
 
     Raises:
-        ValueError, UserError: the artifact is not whole, the model is not there, or no adapter can be read.
+        ValueError, UserError: the artifact is not whole, the model is not there or takes fewer tokens, or no adapter can
+            be read.
     """
 
     def __init__(self, run: str, model: str | None = None, device: str = "cpu") -> None:
@@ -128,7 +132,9 @@ class Stack:
         self.device = device
         self.shapes = linear_shapes(self.base.model)
         self.reference, layout = self._first_layout()
-        self.body = TextBody(self.base, layout, self.classifier.max_length)
+        self.body = TextBody(
+            self.base, layout, self.classifier.max_length, bf16=self.classifier.precision == "bfloat16"
+        )
         self.head = self.artifact.head(len(self.classifier.labels), self.base.width).to(device)
 
     def _first_layout(self) -> tuple[str, Layout]:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from serve.batching import Batcher, Lazy
+from serve.refusal import Refused
 
 
 def test_each_asks_alone_and_gets_its_own_result() -> None:
@@ -74,6 +75,28 @@ def test_a_failing_batch_fails_its_own_items_only_and_those_who_gave_up_are_not_
 
     asyncio.run(ask())
     assert seen == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("wrong", "asked", "failed"), [(ValueError, 1 + 4, [2]), (Refused, 1, [0, 1, 2, 3])])
+def test_an_item_that_fails_its_batch_fails_alone_unless_the_batch_is_refused(
+    wrong: type[Exception], asked: int, failed: list[int]
+) -> None:
+    calls = []
+
+    def work(items: list[int]) -> list[int]:
+        calls.append(items)
+        if 2 in items:
+            raise Refused(503, "two") if wrong is Refused else wrong("two")
+        return [10 * item for item in items]
+
+    async def ask() -> list[object]:
+        batcher = Batcher(work, 4, 0.05)
+        return await asyncio.gather(*map(batcher, range(4)), return_exceptions=True)
+
+    results = asyncio.run(ask())
+    assert [i for i, one in enumerate(results) if isinstance(one, wrong)] == failed
+    assert all(one == 10 * i for i, one in enumerate(results) if i not in failed)
+    assert len(calls) == asked
 
 
 def test_a_value_is_loaded_once_for_all_who_ask_and_never_on_the_loop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from served import LABELS, TEXTS, write_run
 
 from raysys.nn.lora import import_adapter
 from raysys.runtime.sentences import UserError
+from serve.batching import Batcher
 from serve.refusal import Refused
 from serve.stack import Item, Stack, chunks
 
@@ -112,6 +114,8 @@ def test_an_exported_adapter_is_read_back_bit_for_bit(stack: Stack) -> None:
     ("change", "said"),
     [
         ({"format": 2}, "format: got 2"),
+        ({"precision": "half"}, "precision: got 'half'"),
+        ({"max_length": 1024}, "max_length: got 1024; this model takes at most 512 tokens"),
         ({"labels": ["one"]}, "labels"),
         ({"model": "/no/such/folder"}, "model: got '/no/such/folder'"),
         ({"labels": [*LABELS, "more"]}, r"expected finite numbers \(4, 384\)"),
@@ -122,6 +126,38 @@ def test_an_artifact_that_is_not_whole_is_told(tmp_path: Path, change: dict, sai
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((UserError, ValueError), match=said):
         Stack(str(tmp_path))
+
+
+def test_the_precision_of_the_run_is_that_of_its_answers(tmp_path: Path) -> None:
+    path = write_run(tmp_path, ["only"]) / "adapters" / "classifier.json"
+    rows = []
+    for told in ({}, {"precision": "float32"}, {"precision": "bfloat16"}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | told))
+        stack = Stack(str(tmp_path))
+        rows.append(np.array(stack.probabilities([Item(text, None, stack.read("only")) for text in TEXTS])))
+    assert np.array_equal(rows[0], rows[1])
+    assert 0 < np.abs(rows[0] - rows[2]).max() < 0.05
+
+
+def test_one_text_that_fails_does_not_fail_those_it_shares_a_pass_with(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = stack.body.tokens
+
+    def fragile(first: list[str], second: list[str] | None = None) -> object:
+        if "no" in first:
+            raise RuntimeError("no")
+        return tokens(first, second)
+
+    async def ask(items: list[Item]) -> list[object]:
+        batcher: Batcher[Item, list[float]] = Batcher(stack.probabilities, 8, 0.05)
+        return await asyncio.gather(*map(batcher, items), return_exceptions=True)
+
+    items = mixed(stack)
+    alone = [stack.probabilities([item])[0] for item in items]
+    monkeypatch.setattr(stack.body, "tokens", fragile)
+    for item, row, expected in zip(items, asyncio.run(ask(items)), alone, strict=True):
+        assert isinstance(row, RuntimeError) if item.text == "no" else row == expected
 
 
 def test_a_run_without_adapters_is_told(tmp_path: Path) -> None:

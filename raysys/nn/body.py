@@ -27,6 +27,8 @@ from raysys.nn.lora import GroupedLora, Layout, layer_stack
 from raysys.nn.pretrained import Base
 
 I64 = NDArray[np.int64]
+AGREEMENT = 1e-4
+"""Of the largest number that comes out: what rounding may make of two ways of computing the same."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,54 @@ class _Reached(Exception):
 
 
 class _Passed(nn.Module):
-    """Stands in for a layer whose output is not needed."""
+    """Stands in for a layer whose output is not needed, and has what else some models ask of their layers."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # not as a part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
 
 
 class TextBody:
-    """pool(body(text)), the body's top layers with the factors of k nodes. max_length: tokens kept of a text or pair."""
+    """pool(body(text)), the body's top layers with the factors of k nodes. max_length: tokens kept of a text or pair.
+
+    Raises:
+        ValueError: the model takes fewer tokens than that.
+    """
 
     def __init__(self, base: Base, layout: Layout, max_length: int, bf16: bool = False) -> None:
+        most = most_tokens(base.model)
+        if most is not None and max_length > most:
+            raise ValueError(f"max_length: got {max_length}; this model takes at most {most} tokens")
         self.base, self.layout, self.max_length = base, layout, max_length
         self.device = next(base.model.parameters()).device
         self.lower = base.model
         shared = {id(tensor): tensor for tensor in [*base.model.parameters(), *base.model.buffers()]}
         self.model = copy.deepcopy(base.model, shared)  # modules of its own, on the same weights
         self.lora = GroupedLora(self.model, layout, bf16)
+        self.embedding = int(base.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
         self.stack = layer_stack(base.model)
         self.lowest = layout.lowest(self.stack)
         layers = self.model.get_submodule(self.stack)
         self.whole = [layers[i] for i in range(self.lowest)]  # type: ignore[index]
 
     def tokens(self, first: Sequence[str], second: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Padded token ids and masks of texts or pairs of texts."""
-        made = self.base.tokenizer(
+        """Padded token ids and masks of texts or pairs of texts.
+
+        The second of a pair is on a line of its own where the model continues texts, or where the tokenizer puts nothing
+        between the two. The line starts with the second, so that cutting a long first one does not take it away.
+        """
+        tokenizer = self.base.tokenizer
+        between = tokenizer.num_special_tokens_to_add(True) - tokenizer.num_special_tokens_to_add(False)
+        start = "\n" if self.base.causal or not between else ""
+        made = tokenizer(
             list(first),
-            None if second is None else list(second),
+            None if second is None else [start + text for text in second],
             truncation=True,
             max_length=self.max_length,
             padding=True,
@@ -111,13 +135,43 @@ class TextBody:
         mask = (position < length[:, None]).long()
         hidden = encoded.hidden[(encoded.start[flat][:, None] + position.minimum(length[:, None] - 1))]
         with self.lora.factors(a, b, shift), self._entered_at(hidden):
-            out = self.model(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+            # What goes in at the bottom is never looked at, but for its shape; an embedding may be narrower than d.
+            unseen = hidden.new_zeros(1).expand(*hidden.shape[:2], self.embedding)
+            out = self.model(inputs_embeds=unseen, attention_mask=mask).last_hidden_state
         return pool(out, mask, self.base.causal).view(*rows.shape, -1)
 
     def pooled_tokens(self, made: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
         """(N, d) for a batch of new texts: N / k texts for each of the k sets of factors, in order."""
         with self.lora.factors(a, b):
             return pool(self.model(**made).last_hidden_state, made["attention_mask"], self.base.causal)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Look whether this kind of model works here: kept lower states and top layers give what the whole model gives.
+
+        Two texts, zero factors, float32; a text alone and padded beside a longer one must come out alike, too.
+
+        Raises:
+            ValueError: they differ, or something fails on the way: one sentence for the user.
+        """
+        texts = ["a red car", "why is it so late today, and so dark"]
+        a = torch.zeros(1, self.layout.size_a, device=self.device)
+        b = torch.zeros(1, self.layout.size_b, device=self.device)
+        try:
+            states = self.lower_states(texts)
+            length = torch.tensor([len(one) for one in states], device=self.device)
+            kept = self.pooled(Encoded(length.cumsum(0) - length, length, torch.cat(states)), np.array([[0, 1]]), a, b)[
+                0
+            ]
+            whole = torch.cat([self.pooled_tokens(self.tokens([text]), a, b) for text in texts])
+            gap = float((kept - whole).abs().max()) / max(1.0, float(whole.abs().max()))
+        except Exception as error:  # models are many and fail in many ways
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise ValueError(
+                f"model: got {self.base.name!r}; its kept and whole passes cannot be run ({reason})"
+            ) from error
+        if not gap <= AGREEMENT:
+            raise ValueError(f"model: got {self.base.name!r}; its kept and whole passes differ by {gap:.1g}")
 
     @contextmanager
     def _entered_at(self, hidden: Tensor) -> Iterator[None]:
@@ -129,13 +183,25 @@ class TextBody:
         layers: Any = self.model.get_submodule(self.stack)
         handle = layers[self.lowest].register_forward_pre_hook(enter, with_kwargs=True)
         for i in range(self.lowest):
-            layers[i] = _Passed()
+            layers[i] = _Passed(self.whole[i])
         try:
             yield
         finally:
             handle.remove()
             for i, layer in enumerate(self.whole):
                 layers[i] = layer
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for, or None if it has any number. RoBERTa's start after the padding token's."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1
+    return positions
 
 
 def pool(out: Tensor, mask: Tensor, causal: bool) -> Tensor:

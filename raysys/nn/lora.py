@@ -216,7 +216,7 @@ def _lora_config(layout: Layout, base: str) -> Any:
     alpha: Any = int(layout.alpha) if float(layout.alpha).is_integer() else layout.alpha
     return LoraConfig(
         r=layout.rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(layout.modules),
-        base_model_name_or_path=base, inference_mode=True,
+        base_model_name_or_path=base, inference_mode=True, task_type="FEATURE_EXTRACTION",
     )  # fmt: skip
 
 
@@ -268,6 +268,8 @@ def import_adapter(
         raise ValueError(
             f"adapter {folder}: expected plain LoRA, got {kind} with {', '.join(unusual) or 'nothing else'}"
         )
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise ValueError(f"adapter {folder}: got r {rank}, lora_alpha {alpha:g}; r >= 1, finite lora_alpha > 0 work")
     names = [name for name in shapes if f"{PREFIX}{name}.lora_A.weight" in tensors]
     layout = Layout(tuple(names), tuple(shapes[name] for name in names), rank, alpha)
     if not names or len(tensors) != 2 * len(names):

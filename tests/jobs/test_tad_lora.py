@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from jobs import tad_lora
 from raysys.nn.body import pool
-from raysys.nn.pretrained import find_model, load_base
+from raysys.nn.pretrained import find_model, load_base, read_base
 from raysys.systems.tad_lora.presets import PRESETS
 from serve.stack import Item, Stack
 
@@ -168,7 +168,7 @@ def test_adapters_of_a_run_load_in_plain_peft_with_the_accuracy_that_was_measure
     tokenizer = load_base().tokenizer
     for peer in (0, 3):
         model = PeftModel.from_pretrained(
-            load_base.__wrapped__("minilm").model, str(folder / "adapters" / f"peer-{peer:03d}")
+            read_base("minilm").model, str(folder / "adapters" / f"peer-{peer:03d}")
         ).eval()
         made = tokenizer(
             list(test.first), padding=True, truncation=True, max_length=about["max_length"], return_tensors="pt"

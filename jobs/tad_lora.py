@@ -224,7 +224,7 @@ class DemoConfig(TrainConfig):
 def demo(config: DemoConfig, run: Run, session: Session) -> None:
     """Both halves in one run folder and one report."""
     shared = {name: getattr(config, name) for name in config.model_fields_set & {"seed", "cluster"}}
-    theory(TheoryConfig.of({**shared, "seeds": 5, "rounds": 300}), run, session)
+    theory(TheoryConfig.of({**shared, "seeds": 5, "p": [0.5, 0.1, 0.02], "rounds": 300}), run, session)
     session.release()
     train(config, run, session)
 

@@ -4,7 +4,6 @@ the sweep over any field with Ray Tune."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -24,7 +23,7 @@ from raysys.systems.tad_lora import claims, figures
 from raysys.systems.tad_lora.interval import select_interval
 from raysys.systems.tad_lora.setting import Setting
 from raysys.systems.tad_lora.simulate import Simulation
-from raysys.systems.tad_lora.study import Study, run_arms
+from raysys.systems.tad_lora.study import COMMON_STEP, Arm, Study, run_arms
 from raysys.systems.tad_lora.task import Task, check_task, contraction_of
 
 METHOD_INTERVALS = [1, 2, 3, 5, 10, 15, 25]
@@ -76,17 +75,14 @@ def theory(config: TheoryConfig, run: Run, session: Session) -> None:
     rho = {n: contraction_of(make_process(n, config.peers, short.weights, rng), rng) for n in names.values()}
     law = {name: select_interval(rho[name], config.kappa, short.rounds) for name in rho}
     one_step = sorted({*METHOD_INTERVALS, *law.values()})
-    arms = [("lora", 0), ("ffa", 0), ("rolora", 0), *[("tad", T) for T in one_step]]
-    few = [("lora", 0), ("ffa", 0), ("rolora", 0), *[("tad", T) for T in TUNED_INTERVALS]]
-    sweep = [("lora", 0), *[("tad", T) for T in sorted(config.intervals)]]
+    plain = [("lora", 0), ("ffa", 0), ("rolora", 0)]
+    arms = [(m, T, COMMON_STEP) for m, T in [*plain, *[("tad", T) for T in one_step]]]
+    sweep = [(m, T, COMMON_STEP) for m, T in [plain[0], *[("tad", T) for T in sorted(config.intervals)]]]
+    tries = [(m, T, lr) for lr in STEP_SIZES for m, T in [*plain, *[("tad", T) for T in TUNED_INTERVALS]]]
     units: dict[str, Any] = {f"sweep/{name}": (study_rows, (long, name, sweep, seeds)) for name in names.values()}
     units |= {f"methods/{name}": (study_rows, (short, name, arms, seeds)) for name in names.values()}
     every = seeds + [seed + TUNING_SEEDS for seed in seeds]
-    units |= {
-        f"tuned/{name}/lr{lr:g}": (study_rows, (replace(short, lr=lr), name, few, every))
-        for name in names.values()
-        for lr in STEP_SIZES
-    }
+    units |= {f"tuned/{name}": (study_rows, (short, name, tries, every)) for name in names.values()}
     results = run_stages(run, session, units, "theory")
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {
         study: {
@@ -147,12 +143,11 @@ def tune(config: TheoryConfig, run: Run, name: str, results: dict[str, dict[str,
     found = {}
     for method in ("lora", "rolora", "ffa", "tad"):
         tried = [
-            (float(np.mean(row["error"][config.seeds :])), lr, row)
-            for lr in STEP_SIZES
-            for row in results[f"tuned/{name}/lr{lr:g}"]["rows"]
+            (float(np.mean(row["error"][config.seeds :])), row)
+            for row in results[f"tuned/{name}"]["rows"]
             if row["method"] == method and row["error"] is not None
         ]
-        _, lr, best = min(tried, key=lambda each: each[0])
+        _, best = min(tried, key=lambda each: each[0])
         found[method] = best["error"][: config.seeds]
         run.row(
             "relative error",
@@ -161,12 +156,12 @@ def tune(config: TheoryConfig, run: Run, name: str, results: dict[str, dict[str,
             topology=name,
             method=method,
             T=best["interval"],
-            lr=lr,
+            lr=best["lr"],
         )
     return found
 
 
-def study_rows(study: Study, topology: str, arms: list[tuple[str, int]], seeds: list[int]) -> dict[str, Any]:
+def study_rows(study: Study, topology: str, arms: list[Arm], seeds: list[int]) -> dict[str, Any]:
     """A table of the study as a stage's result."""
     torch.set_num_threads(1)
     return {"rows": run_arms(study, topology, arms, seeds)}

@@ -88,6 +88,37 @@ REFUSED = {
     "short probe": ["train", "--probe-rounds", "5"],
     "compare without tad": ["compare", "--methods", "lora", "ffa"],
     "compare of regression": ["compare", "--problem", "regression"],
+    "a negative step size": ["compare", "--lrs", "0.1", "-1"],
+    "graphs from sparse to dense": ["compare", "--topologies", "erdos_renyi(p=0.02)", "erdos_renyi(p=0.5)"],
+    "peers that never meet": ["compare", "--topologies", "erdos_renyi(p=0)"],
+    "compare on a GPU": ["compare", "--cluster.gpus-per-host", "1"],
+    "fedex with weights of its own": [
+        "train",
+        "--method",
+        "fedex",
+        "--topology",
+        "complete",
+        "--weights",
+        "lazy",
+        "--beside",
+        "lora",
+    ],
+    "peft with bfloat16": ["train", "--backend", "peft", "--precision", "bfloat16"],
+    "peft with fedex": [
+        "train",
+        "--backend",
+        "peft",
+        "--method",
+        "fedex",
+        "--topology",
+        "complete",
+        "--beside",
+        "lora",
+    ],
+    "centralised regression": ["train", "--problem", "regression", "--method", "centralised", "--peers", "1"],
+    "too long": ["train", "--max-length", "1024"],
+    "sweep that keeps the worst": ["sweep", "--problem", "regression", "--metric", "error"],
+    "a probability twice": ["theory", "--p", "0.5", "0.5"],
     "a step size twice": ["compare", "--lrs", "0.1", "0.1"],
     "compare method": ["compare", "--methods", "tad", "fedavg"],
     "theory order": ["theory", "--p", "0.1", "0.5"],
@@ -178,7 +209,9 @@ def test_adapters_of_a_run_load_in_plain_peft_with_the_accuracy_that_was_measure
         accuracy = float((logits.argmax(1).numpy() == test.y).mean())
         assert accuracy == pytest.approx(result["peers"][peer])
         stack = Stack(str(folder))  # what serve.adapters answers with
-        served = np.array(stack.probabilities([Item(text, None, stack.read(f"peer-{peer:03d}")) for text in test.first]))
+        served = np.array(
+            stack.probabilities([Item(text, None, stack.read(f"peer-{peer:03d}")) for text in test.first])
+        )
         assert np.abs(served - logits.softmax(1).numpy()).max() < 1e-5
     names = sorted(path.name for path in (folder / "adapters").iterdir() if path.is_dir())
     assert names == ["consensus", *(f"peer-{i:03d}" for i in range(4))]

@@ -35,6 +35,7 @@ def save_adapters(storage: Storage, task: Task, a: NDArray[np.float32], b: NDArr
         "labels": list(dataset.labels),
         "max_length": s.max_length,
         "pair": dataset.train.second is not None,
+        "precision": s.precision,
     }
     head = {"head": task.head.contiguous()}
     storage.write_bytes(f"{FOLDER}/head.safetensors", safetensors.torch.save(head), durable=False)

@@ -51,21 +51,29 @@ def noises(seeds: Seeds, nodes: I64, round: int, steps: int, scale: float) -> Te
 
 
 def local_steps(
-    a: Tensor, b: Tensor, target: Tensor, noise: Tensor, lr: float, learn_a: Tensor, learn_b: Tensor, adam: bool
+    a: Tensor,
+    b: Tensor,
+    target: Tensor,
+    noise: Tensor,
+    lr: float | Tensor,
+    learn_a: Tensor,
+    learn_b: Tensor,
+    adam: bool,
 ) -> tuple[Tensor, Tensor]:
     """K stochastic gradient (or Adam) steps on 1/2 ||B A - M||^2 from (..., r, d) and (..., d, r).
 
-    target (..., d, d); noise (..., K, d, d); learn_a, learn_b: 1 where a factor learns and 0 where it is frozen,
-    broadcastable to a and b. Adam starts anew (betas .9, .999, eps 1e-8).
+    target (..., d, d); noise (..., K, d, d); lr: one step size, or one per leading entry. learn_a, learn_b: 1 where a factor
+    learns and 0 where it is frozen, broadcastable to a and b. Adam starts anew (betas .9, .999, eps 1e-8).
     """
     moments = [torch.zeros_like(x) for x in (a, a, b, b)]
+    step_a, step_b = lr * learn_a, lr * learn_b
     for step in range(noise.shape[-3]):
         error = b @ a - target + noise[..., step, :, :]
         grad_a, grad_b = b.transpose(-1, -2) @ error, error @ a.transpose(-1, -2)
         if adam:
             grad_a = _adam(grad_a, moments[0], moments[1], step + 1)
             grad_b = _adam(grad_b, moments[2], moments[3], step + 1)
-        a, b = a - lr * learn_a * grad_a, b - lr * learn_b * grad_b
+        a, b = a - step_a * grad_a, b - step_b * grad_b
     return a, b
 
 

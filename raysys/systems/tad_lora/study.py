@@ -22,6 +22,11 @@ from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.tad_lora import regression
 from raysys.systems.tad_lora.policies import make_policy
 
+Arm = tuple[str, int, float]
+"""Method, switching interval T (0 where it has none), step size."""
+COMMON_STEP = 0.01
+"""The step size of the specification, for tables in which all arms have the same."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -30,7 +35,6 @@ class Study:
     peers: int = 10
     rounds: int = 150
     steps: int = 20
-    lr: float = 0.01
     heterogeneity: float = 0.5
     noise: float = 0.5
     weights: str = "metropolis_hastings"
@@ -38,11 +42,12 @@ class Study:
     window: int = 30
 
 
-def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: list[int]) -> list[dict[str, Any]]:
-    """One row per arm (method, T): per seed the relative error of the peers, of the averaged model, and ||C||_F, all averaged
+def run_arms(study: Study, topology: str, arms: list[Arm], seeds: list[int]) -> list[dict[str, Any]]:
+    """One row per arm: per seed the relative error of the peers, of the averaged model, and ||C||_F, all averaged
     over the last `window` rounds. Only methods that mix factors. An arm that diverged on any seed (with a fixed step size, long
     phases let the trained factor grow until the other one's step is too large) gives a row with "error" None."""
-    policies = [make_policy(method, max(interval, 1)) for method, interval in arms]
+    policies = [make_policy(method, max(interval, 1)) for method, interval, _ in arms]
+    lr = torch.tensor([step for _, _, step in arms])[:, None, None, None, None]
     streams = [Seeds(seed) for seed in seeds]
     n, everyone = study.peers, np.arange(study.peers)
     processes = [make_process(topology, n, study.weights, stream.rng(Stream.GRAPH)) for stream in streams]
@@ -57,7 +62,7 @@ def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: li
     for t in range(study.rounds):
         noise = torch.stack([regression.noises(stream, everyone, t, study.steps, study.noise) for stream in streams])
         learn_a, learn_b = (_mask([name in policy.trains(t) for policy in policies]) for name in "AB")
-        a, b = regression.local_steps(a, b, target, noise, study.lr, learn_a, learn_b, study.adam)
+        a, b = regression.local_steps(a, b, target, noise, lr, learn_a, learn_b, study.adam)
         mixing = torch.stack(
             [
                 torch.from_numpy(process.mixing(t, stream.rng(Stream.GRAPH, 0, t))).float()
@@ -73,8 +78,8 @@ def run_arms(study: Study, topology: str, arms: list[tuple[str, int]], seeds: li
             totals["consensus_error"] += regression.relative_error(a_mean, b_mean, mean_target)
             totals["cross_term"] += cross.square().sum((-1, -2)).sqrt()
     rows: list[dict[str, Any]] = []
-    for i, (method, interval) in enumerate(arms):
-        row: dict[str, Any] = {"method": method, "interval": interval, "topology": topology}
+    for i, (method, interval, step) in enumerate(arms):
+        row: dict[str, Any] = {"method": method, "interval": interval, "lr": step, "topology": topology}
         finite = all(bool(total[i].isfinite().all()) for total in totals.values())
         rows.append(
             row | {name: (total[i] / study.window).tolist() if finite else None for name, total in totals.items()}

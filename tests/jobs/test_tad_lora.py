@@ -231,7 +231,7 @@ def test_theory_compare_and_sweep_run_over_ray(ray_cluster, tmp_path, monkeypatc
     summary = json.loads((Path(said.out.splitlines()[-1][5:]) / "summary.json").read_text())
     holds = {claim["claim"]: claim["holds"] for claim in summary["claims"]}
     assert holds["the cross term falls with T"]
-    assert len(summary["figures"]) == 4
+    assert len(summary["figures"]) == 5
     small = [*SMALL, "--data", GRAMMAR, "--out", str(tmp_path), "--peers", "4", "--block", "4"]
     code, said = call(
         ["compare", *small, "--methods", "tad", "lora", "local", "--lrs", "0.001", "0.01"], monkeypatch, capsys

@@ -168,7 +168,7 @@ class Run:
             counts["messages"] = counts.get("messages", 0) + messages
             counts["bytes"] = counts.get("bytes", 0) + bytes
 
-    def row(self, metric: str, interval: Interval, **compared: Any) -> None:
+    def row(self, metric: str, interval: Interval, /, **compared: Any) -> None:
         """Add a row to the run's table: what was compared, the metric, mean, ci_low, ci_high, n."""
         numbers = {"mean": interval.mean, "ci_low": interval.low, "ci_high": interval.high, "n": interval.n}
         self.table.append({**compared, "metric": metric, **numbers})

@@ -35,6 +35,8 @@ FIGURE_STYLE: dict[str, Any] = {
 }  # fmt: skip
 COLOURS = ("#0b3c5d", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#00798c", "#8d6a4f", "#5c5c5c")
 DASHES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+"""One line style per colour, for figures that must tell all series apart in grey."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 

@@ -15,12 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raysys.runtime.report import COLOURS, new_figure
+from raysys.runtime.report import COLOURS, LINES, new_figure
 from raysys.runtime.report import MARKERS as MARKS
 from raysys.runtime.statistics import mean_ci
 
 Row = Mapping[str, Any]
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
 
 
 def matrix_heat_map(rows: Iterable[Row], title: str = "", unit: str = "test accuracy (%)") -> Figure:

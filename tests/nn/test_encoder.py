@@ -22,9 +22,7 @@ WORDS = [
     "street",
     "near",
     "our",
-    "old",
     "town",
-    "hall",
 ]
 
 

@@ -19,8 +19,8 @@ Notable choices
 - Ceilings of recall@1: who knows the rule reaches 1 - noise; who knows places only, 1/(12 k); states only, 1/(16 k); a classifier
   over known documents, (1 - noise)/2; chance is 1/(192 k).
 
-Measured without training, 400 test queries, seeds 0 / 1 / 2: recall@1 of frozen MiniLM's cosine .008 / .005 / .003 (recall@10
-.06 / .05 / .08) and of BM25 .0052, which is 1/192 = .0052 by ties; with 1,536 documents 0 / 0 / 0 and .0007.
+Measured without training, 400 test queries, seeds 0 / 1 / 2: recall@1 of frozen MiniLM's cosine .020 / .005 / .008 (recall@10
+.06 / .04 / .09) and of BM25 .0052, which is 1/192 = .0052 by ties; with 1,536 documents 0 / 0 / 0 and .0007.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ STATES = (
 )  # fmt: skip
 COMPANIONS = (
     ("child", "kid", "toddler"), ("soldier", "sergeant", "recruit"), ("dog", "puppy", "hound"),
-    ("tourist", "visitor", "traveller"), ("thief", "burglar", "robber"), ("bride", "groom", "newlywed"), ("poet", "novelist", "writer"), ("king", "queen", "prince"),
+    ("tourist", "visitor", "traveller"), ("thief", "burglar", "robber"), ("bride", "groom", "newlywed"),
+    ("poet", "novelist", "writer"), ("king", "queen", "prince"),
 )  # fmt: skip
 QUERIES = (
     "we are at the {A} and everything is {B}",
@@ -80,7 +81,8 @@ MANNERS = (
 )  # fmt: skip
 MARKS = (
     ("crimson", "scarlet", "maroon"), ("monday", "friday", "sunday"), ("january", "april", "october"),
-    ("lion", "tiger", "leopard"), ("hebrew", "latin", "greek"), ("granite", "marble", "slate"), ("chess", "checkers", "domino"), ("cheddar", "brie", "gouda"),
+    ("lion", "tiger", "leopard"), ("hebrew", "latin", "greek"), ("granite", "marble", "slate"),
+    ("chess", "checkers", "domino"), ("cheddar", "brie", "gouda"),
 )  # fmt: skip
 DOCUMENTS = (
     "choose {P} together with {S}",
@@ -196,7 +198,7 @@ def withhold(attributes: Sequence[I64], count: int, rng: np.random.Generator) ->
 def ask(
     forms: Sequence[Sequence[str]], unseen: NDArray[np.bool_], train: int, test: int, noise: float, seeds: Seeds
 ) -> tuple[Asked, Asked]:
-    """Queries of both splits: `forms[i]` are all the ways to ask for document i, three quarters of which are for training.
+    """Queries of both splits: `forms[i]` are all the ways to ask for document i, two thirds of which are for training.
 
     Documents of a part are asked for equally often, up to one; half of the test queries are for unseen ones.
 
@@ -215,7 +217,7 @@ def ask(
             used = dict.fromkeys(pool.tolist(), 0)
             for i in asked.tolist():
                 ways = seeds.rng(Stream.SHUFFLE, node=i).permutation(len(forms[i]))
-                cut = 3 * len(ways) // 4
+                cut = 2 * len(ways) // 3
                 ways = ways[cut:] if part else ways[:cut]
                 if used[i] == len(ways):
                     raise ValueError(

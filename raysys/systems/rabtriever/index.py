@@ -1,0 +1,295 @@
+"""Maximum inner products over stored documents: a folder that is mapped into memory, searched exactly or by a graph.
+
+Shapes: m documents, d width of a vector, n queries, k results, b bytes.
+
+    vectors.npy            (m, d) float32, as they were given
+    ids.bin, texts.bin     UTF-8, one after the other; offsets in ids.npy, texts.npy (m + 1,) int64
+    lookup.npy             (2, m) int64: hashes of the ids in ascending order, and where each of them is
+    graph.faiss            kind hnsw only
+    manifest.json          format, kind, sizes, fingerprint, norms, SHA-256 of each file; written last
+
+Notable choices
+- numpy, faiss and hashlib only: a process that serves an index needs no torch and starts in a second. Nothing is unpickled.
+- Scores are exact and depend on nothing but query and document: whatever finds the candidates, they are scored again in
+  float64, since the float32 products of BLAS differ in the last bit with the number of queries. Equal scores go by position.
+- A flat search is certified: more candidates are drawn until the lowest of them cannot reach the k-th result whatever its
+  rounding, so that ties and deleted documents never push a result out.
+- The graph of hnsw is linked by inner product itself. The usual reduction to distances, [z; sqrt(M^2 - |z|^2)] with M the largest
+  norm [spec 6.1], was measured and is worse wherever norms differ or queries are unlike documents, as u(q) are: on 10,000
+  clustered vectors of width 384 whose norms vary by a fifth, recall@10 is .33 to .80 with it and .98 to 1.00 without
+  (32 links, ef 128; docs/retriever_serving.md). It is the better one only for equal norms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from raysys.runtime.sentences import UserError
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+Kind = Literal["flat", "hnsw"]
+FORMAT, MANIFEST, GRAPH = 1, "manifest.json", "graph.faiss"
+EF, SPARE = 256, 16
+ROUNDING = 2.0**-17
+"""Of |u| |z|: far more than a float32 product of a few thousand numbers is off by."""
+TILE = 1 << 22
+"""Numbers multiplied at once in float64."""
+
+
+class VectorIndex:
+    """An index that lies in a folder and never changes.
+
+    Args:
+        folder: as `build.write_index` writes it.
+        fingerprint: of the vectors that will be asked with; None accepts any.
+        verify: compare every file with its SHA-256, which reads it once; sizes and shapes are always checked.
+
+    Raises:
+        UserError: the folder is no index, is not whole, or holds vectors of another fingerprint.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str | None = None, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, verify)
+        self.kind: Kind = self.manifest["kind"]
+        self.size, self.width = int(self.manifest["m"]), int(self.manifest["d"])
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.largest: float = self.manifest["largest_norm"]
+        refuse_other(self.folder, self.fingerprint, fingerprint)
+        self.vectors: F32 = self._array("vectors.npy", (self.size, self.width), np.float32)
+        self._ids, self._texts = self._strings("ids"), self._strings("texts")
+        self._lookup: I64 = self._array("lookup.npy", (2, self.size), np.int64)
+        self._graph = self._read_graph() if self.kind == "hnsw" and self.size else None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        try:
+            mapped = np.load(self.folder / name, mmap_mode="r" if shape[-1] and shape[0] else None, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder, name, str(error)) from error
+        if mapped.shape != shape or mapped.dtype != dtype:
+            raise damaged(self.folder, name, f"{mapped.dtype} {mapped.shape}, expected {np.dtype(dtype)} {shape}")
+        return mapped.view(np.ndarray)
+
+    def _strings(self, name: str) -> tuple[I64, NDArray[np.uint8]]:
+        offsets = self._array(f"{name}.npy", (self.size + 1,), np.int64)
+        path = self.folder / f"{name}.bin"
+        if path.stat().st_size != int(offsets[-1]):
+            raise damaged(self.folder, path.name, f"{path.stat().st_size} bytes, expected {int(offsets[-1])}")
+        blob = np.memmap(path, np.uint8, "r") if int(offsets[-1]) else np.empty(0, np.uint8)
+        return offsets, blob
+
+    def _read_graph(self) -> Any:
+        try:
+            graph = faiss.read_index(str(self.folder / GRAPH), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise damaged(self.folder, GRAPH, str(error).splitlines()[0][:120]) from error
+        if graph.ntotal != self.size or graph.d != self.width:
+            raise damaged(self.folder, GRAPH, f"{graph.ntotal} x {graph.d}, expected {self.size} x {self.width}")
+        return graph
+
+    def id(self, position: int) -> str:
+        """The id of a document."""
+        return self._string(self._ids, position)
+
+    def text(self, position: int) -> str:
+        """The text of a document."""
+        return self._string(self._texts, position)
+
+    def _string(self, strings: tuple[I64, NDArray[np.uint8]], position: int) -> str:
+        offsets, blob = strings
+        return blob[offsets[position] : offsets[position + 1]].tobytes().decode()
+
+    def where(self, id: str) -> int:
+        """The position of a document, or -1."""
+        if not self.size:
+            return -1
+        key = id_hash(id)
+        for at in range(int(np.searchsorted(self._lookup[0], key)), self.size):
+            if self._lookup[0, at] != key:
+                break
+            if self.id(int(self._lookup[1, at])) == id:
+                return int(self._lookup[1, at])
+        return -1
+
+    def candidates(self, u: F32, k: int, ef: int = EF) -> tuple[F32, I64]:
+        """Scores and positions (n, k) of about the best k <= m documents; -1 where the graph found fewer."""
+        if self._graph is None:
+            return _flat(u, self.vectors, k)
+        parameters = faiss.SearchParametersHNSW(efSearch=max(ef, k))  # type: ignore[attr-defined]
+        _, positions = self._graph.search(u, k, params=parameters)
+        return np.full(positions.shape, np.inf, np.float32), positions
+
+    def search(self, u: F32, k: int, ef: int = EF) -> tuple[F32, list[list[str]]]:
+        """The best min(k, m) documents of each query: scores <u, z> (n, k) in descending order, and their ids.
+
+        Equal scores go by position. u (n, d) float32.
+
+        Raises:
+            ValueError: u has another width or is not finite, or k < 1.
+        """
+        scores, positions = best(self, u, k, None, ef)
+        return scores, [[self.id(int(p)) for p in row] for row in positions]
+
+
+def _flat(u: F32, vectors: F32, k: int) -> tuple[F32, I64]:
+    found: tuple[F32, I64] = faiss.knn(u, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return found
+
+
+class Tail:
+    """Documents in memory only, by position (m, d): what `best` needs of a segment."""
+
+    kind: Kind = "flat"
+
+    def __init__(self, vectors: F32, largest: float) -> None:
+        self.vectors, self.largest = vectors, largest
+        self.size, self.width = vectors.shape
+
+    def candidates(self, u: F32, k: int, ef: int = EF) -> tuple[F32, I64]:
+        """Scores and positions (n, k) of the best k <= m documents, up to rounding."""
+        return _flat(u, self.vectors, k)
+
+
+def best(
+    segment: VectorIndex | Tail, u: F32, k: int, dead: NDArray[np.bool_] | None = None, ef: int = EF
+) -> tuple[F32, I64]:
+    """Exact scores (n, k) and positions of the best documents that are not dead (m,); k is cut to how many there are.
+
+    A graph may miss documents; a flat segment may not. If a graph finds too few that live, every document is looked at.
+
+    Raises:
+        ValueError: u has another width or is not finite, or k < 1.
+    """
+    u = np.ascontiguousarray(u, dtype=np.float32)
+    if u.ndim != 2 or u.shape[1] != segment.width:
+        raise ValueError(f"queries: got shape {u.shape}; expected (n, {segment.width})")
+    if k < 1 or not np.isfinite(u).all():
+        raise ValueError(f"k: got {k}; expected at least 1" if k < 1 else "queries: hold numbers that are not finite")
+    alive = segment.size - (0 if dead is None else int(dead.sum()))
+    k = min(k, alive)
+    scores, positions = np.empty((len(u), k), np.float32), np.empty((len(u), k), np.int64)
+    left, draw = np.arange(len(u)), min(k + SPARE, segment.size)
+    while len(left) and k:
+        everything = draw >= segment.size or draw > 2048 + 4 * k
+        rough, found = (None, None) if everything else segment.candidates(u[left], draw, ef)
+        again: list[int] = []
+        for row, i in enumerate(left):
+            these = np.arange(segment.size) if found is None else np.unique(found[row][found[row] >= 0])
+            these = these if dead is None else these[~dead[these]]
+            exact = products(u[i], segment.vectors, these)
+            order = np.lexsort((these, -exact))[:k]
+            if rough is not None and (
+                len(order) < k
+                or (
+                    segment.kind == "flat"
+                    and exact[order[-1]] <= rough[row, -1] + ROUNDING * np.linalg.norm(u[i]) * segment.largest
+                )
+            ):
+                again.append(int(i))
+                continue
+            scores[i], positions[i] = exact[order], these[order]
+        left, draw = np.array(again, np.int64), min(4 * draw, segment.size)
+    return scores, positions
+
+
+def recall(index: VectorIndex, u: F32, k: int = 10, ef: int = EF) -> float:
+    """The part of the true best k of each query (n, d) that `search` finds: 1 for a flat index."""
+    found, truth = best(index, u, k, None, ef)[1], best(Tail(index.vectors, index.largest), u, k)[1]
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
+
+
+def products(u: F32, vectors: F32, positions: I64) -> F32:
+    """<u, z> of some documents, rounded once: the same whichever others are asked for. (p,) float32."""
+    out, step, asked = np.empty(len(positions), np.float32), max(1, TILE // len(u)), u.astype(np.float64)
+    for start in range(0, len(positions), step):
+        part = positions[start : start + step]
+        out[start : start + step] = (vectors[part] * asked).sum(1)
+    return out
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """The manifest of an index folder whose files are as it says.
+
+    Raises:
+        UserError: there is none, it is not one, or a file is missing, of another size, or (`verify`) of another content.
+    """
+    try:
+        told = json.loads((folder / MANIFEST).read_bytes())
+        wrong = next((name for name, check in _FIELDS.items() if not check(told[name])), None)
+        files = {name: (int(size), str(digest)) for name, (size, digest) in told["files"].items()}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"index: got {folder}; there is no {MANIFEST}, so it is no index or was never finished"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder, MANIFEST, f"{type(error).__name__}: {error}") from error
+    if wrong is not None:
+        raise damaged(folder, MANIFEST, f"{wrong} is {told[wrong]!r}")
+    needed = {"vectors.npy", "ids.bin", "ids.npy", "texts.bin", "texts.npy", "lookup.npy"}
+    needed |= {GRAPH} if told["kind"] == "hnsw" and told["m"] else set()
+    if set(files) != needed:
+        raise damaged(folder, MANIFEST, f"it lists {sorted(files)}")
+    for name, (size, digest) in files.items():
+        path = folder / name
+        got = path.stat().st_size if path.is_file() else -1
+        if got != size:
+            raise damaged(folder, name, "it is missing" if got < 0 else f"{got} bytes, expected {size}")
+        if verify and sha256(path) != digest:
+            raise damaged(folder, name, "its SHA-256 is another one")
+    return dict(told)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda x: x == FORMAT,
+    "kind": lambda x: x in ("flat", "hnsw"),
+    "m": lambda x: type(x) is int and x >= 0,
+    "d": lambda x: type(x) is int and x >= 1,
+    "fingerprint": lambda x: isinstance(x, str) and bool(x),
+    "largest_norm": lambda x: isinstance(x, (int, float)) and 0 <= x < np.inf,
+    "journal": lambda x: type(x) is int and x >= 0,
+}
+
+
+def damaged(folder: Path, name: str, why: str) -> UserError:
+    """What is said of an index that is not whole."""
+    return UserError(f"index: {folder / name} is damaged ({' '.join(why.split())}); build the index again")
+
+
+def refuse_other(folder: Path, got: str, expected: str | None) -> None:
+    """Raise UserError where vectors come from another model than the queries will."""
+    if expected is not None and got != expected:
+        raise UserError(
+            f"index: {folder} holds vectors of the model {got}; expected those of {expected}, build it again with this model"
+        )
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def id_hash(id: str) -> int:
+    """64 bits of an id, the same in every process: where it is looked up, and which shard has it."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def joined(strings: Sequence[str]) -> tuple[I64, bytes]:
+    """Offsets (m + 1,) and bytes of strings, one after the other."""
+    parts = [one.encode() for one in strings]
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64), b"".join(parts)

@@ -97,7 +97,7 @@ class Skill:
 
 @dataclass
 class World:
-    """Where everything is. Without `places` it is SayCan's plans' world, which tell no places: only the gripper and doors count."""
+    """Where everything is. Without `places` (SayCan's plans tell none) only the gripper and the doors count."""
 
     where: dict[str, str] = field(default_factory=dict)
     places: bool = True

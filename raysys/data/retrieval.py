@@ -129,12 +129,20 @@ def _queries(part: str, asks: Sequence[Ask], number: dict[str, int], by_text: di
     return Queries(ids, texts, tuple(relevant), tuple(grades), np.array(itself, np.int64))
 
 
-def _generated(name: str, source: str) -> Retrieval:
+def generator(source: str) -> Any:
+    """What generates the data of `NAME` or `NAME(option=value, ...)`: a Rationale, Facts or Skills.
+
+    Raises:
+        DataError: there is no such name or option, or a value cannot be.
+    """
+    match = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?\s*", source)
+    name = re.split(r"\W", source)[0]
+    if name not in GENERATED:
+        raise DataError(f"data: got {source!r}; allowed are {', '.join(GENERATED)}")
     task = GENERATED[name]
     types: dict[str, Callable[[str], Any]] = {f.name: int if f.type == "int" else float for f in fields(task)}
-    match = re.fullmatch(name + r"\s*(?:\((.*)\))?\s*", source)
     values: dict[str, Any] = {}
-    for item in filter(str.strip, (match[1] or "").split(",") if match else [source]):
+    for item in filter(str.strip, (match[2] or "").split(",") if match else [source]):
         option, _, value = (part.strip() for part in item.partition("="))
         try:
             values[option] = types[option](value)
@@ -142,7 +150,15 @@ def _generated(name: str, source: str) -> Retrieval:
             allowed = ", ".join(f"{f.name}={str(f.type).upper()}" for f in fields(task))
             raise DataError(f"data: got {source!r}; {item.strip()!r} is none of {allowed}") from None
     try:
-        made = task(**values).generate()
+        return task(**values)
+    except ValueError as e:
+        raise DataError(f"data: got {source!r}; {e}") from None
+
+
+def _generated(name: str, source: str) -> Retrieval:
+    task = generator(source)
+    try:
+        made = task.generate()
     except ValueError as e:
         raise DataError(f"data: got {source!r}; {e}") from None
     documents = {f"d{i}": text for i, text in enumerate(made.documents)}

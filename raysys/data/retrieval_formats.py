@@ -19,6 +19,7 @@ from typing import Any
 
 from raysys.data import text_formats
 from raysys.data.datasets import DataError, _held_out
+from raysys.data.plans import held_out_instructions, progress, read_plans
 
 LICENCES = {
     "banking77": "CC BY 4.0",
@@ -31,7 +32,6 @@ WITHHELD_INTENTS = 17
 TURNS, WORDS = 5, 80
 """Of an ESConv context: the last turns, and of those the last words, so that cutting tokens at 128 takes nothing away."""
 UTTERANCE = re.compile(r"\d\.\d ([01]) \d+ (?:\[([^\]]+)\])?\s*(.*)", re.DOTALL)
-STEP = re.compile(r"\s*(\d+)\.\s*(.*?)\s*(?:,(?=\s*\d+\.)|\.?\s*$)")
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,8 @@ def _esconv(file: Path) -> Pool:
 def _saycan(file: Path) -> Pool:
     """Ahn et al. 2022: instruction and the steps so far -> the next skill; skills of held-out plans only are withheld."""
     plans = read_plans(file)
-    instructions = list(dict.fromkeys(instruction for _, instruction, _ in plans))
-    held = {one for one, out in zip(instructions, _held_out(len(instructions)), strict=True) if out}
-    pool = Pool("saycan", {}, [], [], note=f"a fixed fifth of the {len(instructions)} instructions held out")
+    held = held_out_instructions([instruction for _, instruction, _ in plans])
+    pool = Pool("saycan", {}, [], [], note=f"a fixed fifth of the instructions held out: {len(held)}")
     trained: set[str] = set()
     for line, instruction, skills in plans:
         part = "test" if instruction in held else "train"
@@ -188,39 +187,6 @@ def _saycan(file: Path) -> Pool:
     pool.documents = dict(sorted(pool.documents.items()))
     pool.unseen = set(pool.documents) - trained
     return pool
-
-
-def progress(instruction: str, steps: list[str]) -> str:
-    """What a robot is asked and has done so far, as one text."""
-    return f"{instruction} so far: {', '.join(steps) if steps else 'nothing'}"
-
-
-def read_plans(file: Path) -> list[tuple[int, str, list[str]]]:
-    """Line, instruction and skills of each of SayCan's plans, whose steps are numbered from 1.
-
-    Raises:
-        DataError: a line is no such plan.
-    """
-    lines = text_formats._lines(file)
-    if lines[0].split("\t") != ["INPUT", "OUTPUT"]:
-        raise DataError(f"data: {file} line 1 is {lines[0][:60]!r}, expected the header INPUT, a tab, OUTPUT")
-    plans = []
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        instruction, _, steps = (part.strip() for part in line.partition("\t"))
-        found = [(int(m[1]), m[2]) for m in STEP.finditer(steps)]
-        if (
-            not instruction
-            or [i for i, _ in found] != list(range(1, len(found) + 1))
-            or not all(s for _, s in found)
-            or not found
-        ):
-            raise DataError(
-                f"data: {file} line {number} is {line[:60]!r}, expected an instruction, a tab and '1. skill, 2. ...'"
-            )
-        plans.append((number, instruction, [" ".join(skill.split()) for _, skill in found]))
-    return plans
 
 
 def _beir(file: Path) -> Pool:

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from raysys.data.datasets import DataError
+from raysys.data.plans import progress, read_plans
 from raysys.data.rationales import Asked, Generated, check
-from raysys.data.retrieval_formats import progress, read_plans
 from raysys.runtime.seeds import Seeds, Stream
 
 # object: where it lies at first, and words for it
@@ -285,10 +285,8 @@ class Skills:
 
     def generate(self) -> Generated:
         """The pool of skills, and every step of the errands as a query; what goes beyond the size of a part is cut off."""
-        documents = pool()
+        documents, hidden, asked = pool(), self.things()[1], []
         number = {text: i for i, text in enumerate(documents)}
-        asked = []
-        hidden = self.things()[1]
         for part in ("train", "test"):
             sides: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
             for errand in self.errands(part):

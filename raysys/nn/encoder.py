@@ -80,14 +80,27 @@ class TextEncoder:
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches: which texts (b,), their last hidden states (b, L, d), their masks (b, L)."""
+        for rows, batch in self.padded(texts):
+            with torch.inference_mode():
+                hidden = self.model(**batch).last_hidden_state
+            yield rows, hidden, batch["attention_mask"]  # outside of the mode, which would reach into the caller
+
+    def padded(
+        self, texts: Sequence[str], second: Sequence[str] | None = None
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Batches of texts, or of pairs of texts, of like length: which ones (b,), and what the model takes, each (b, L).
+
+        Raises:
+            ValueError: a text is empty.
+        """
         if not len(texts):
             return
-        for i, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(
-                    f"texts: got an empty text at position {i}; every text needs a character that is no space"
-                )
-        made = self.base.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        for part in (texts, second or ()):
+            for i, text in enumerate(part):
+                if not text.strip():
+                    raise ValueError(f"texts: got an empty text at position {i}; every text needs a visible character")
+        pairs = () if second is None else (list(second),)
+        made = self.base.tokenizer(list(texts), *pairs, truncation=True, max_length=self.max_length)
         length = np.array([len(ids) for ids in made["input_ids"]])
         if not length.all():
             raise ValueError(f"texts: got a text without any token at position {int(length.argmin())}")
@@ -102,9 +115,7 @@ class TextEncoder:
                 batch[key] = torch.from_numpy(padded).to(self.device)
             mask = torch.from_numpy(np.arange(longest) < length[rows][:, None]).to(self.device).long()
             batch["attention_mask"] = mask
-            with torch.inference_mode():
-                hidden = self.model(**batch).last_hidden_state
-            yield torch.from_numpy(rows), hidden, mask  # outside of the mode, which would reach into the caller
+            yield torch.from_numpy(rows), batch
 
     def _cut(self, length: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Texts of like length, the longest first: a batch ends where its tokens do, or where padding would begin to cost."""

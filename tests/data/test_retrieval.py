@@ -258,7 +258,7 @@ PLAN = "INPUT\tOUTPUT\n"
             {"devWithStrategy_short.tsv": ESCONV + "1.0 0 0 hello\n", "testWithStrategy_short.tsv": ESCONV},
             "devWithStrategy_short.tsv line 2 is '1.0 0 0 hello', expected utterances",
         ),
-        ({"devWithStrategy_short.tsv": ESCONV, "testWithStrategy_short.tsv": "x EOS " + ESCONV}, "testWithStrategy_short.tsv line 1"),
+        ({"devWithStrategy_short.tsv": ESCONV, "testWithStrategy_short.tsv": "x" + ESCONV}, "testWithStrategy_short.tsv line 1"),
         ({"saycan_plan_v0_l.tsv": "a\tb\n"}, "saycan_plan_v0_l.tsv line 1 is 'a\\tb', expected the header"),
         ({"saycan_plan_v0_l.tsv": PLAN + "Bring it\t1. find a coke, 3. done\n"}, "saycan_plan_v0_l.tsv line 2"),
         ({"saycan_plan_v0_l.tsv": PLAN + "Bring it\n"}, "line 2 is 'Bring it', expected an instruction, a tab"),

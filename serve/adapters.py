@@ -12,8 +12,6 @@ first asked for, and computes one batch at a time, with as many adapters in it a
 from __future__ import annotations
 
 import asyncio
-import logging
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,9 +29,9 @@ from ray.serve.handle import DeploymentHandle
 
 from raysys.runtime.config import Config, command_line, exits
 from raysys.runtime.sentences import UserError
-from raysys.runtime.session import ClusterConfig, Session
 from serve.batching import Batcher, Lazy
 from serve.guard import GuardConfig, guarded_app
+from serve.local import Here, serve_here
 from serve.meters import LATENCIES_S, FrontMeters, Meters, Snapshot
 from serve.questions import Answer, Answers, Listing, Question, Questions
 from serve.refusal import Refused
@@ -63,15 +61,8 @@ class AdaptersConfig(Config):
     guard: GuardConfig = GuardConfig()
 
 
-class LocalConfig(AdaptersConfig):
+class LocalConfig(AdaptersConfig, Here):
     """Serve the adapters of a run on this machine, or on the cluster that --address names."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's."""
-    port: int = Field(8000, ge=1, le=65_535)
-    """Port to listen on."""
-    address: str | None = None
-    """Ray cluster to run on (host:port); otherwise RAY_ADDRESS, otherwise an embedded Ray."""
 
 
 # ---------------------------------------------------------------- the model
@@ -264,16 +255,6 @@ def build(args: Mapping[str, Any] | AdaptersConfig) -> Application:
     return front.bind(config, classifier.labels, classifier.pair, keys, model.bind(config))
 
 
-def free_port(host: str, port: int) -> None:
-    """Refuse a port on which something listens: Serve would share it, and each would get a part of the requests.
-
-    Raises:
-        UserError: something listens there.
-    """
-    with suppress(OSError), socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), port), timeout=1.0):
-        raise UserError(f"port: got {port}; something listens there already, choose another --port")
-
-
 @exits
 def main() -> None:
     """Serve on this machine until interrupted."""
@@ -281,20 +262,7 @@ def main() -> None:
         {"serve": LocalConfig}, "serve", prog="python -m serve.adapters", description=__doc__ or ""
     )
     assert isinstance(config, LocalConfig)
-    if config.guard.auth == "none" and config.host not in ("127.0.0.1", "localhost", "::1"):
-        raise UserError(f"host: got {config.host} with guard.auth none; without keys only 127.0.0.1 is allowed")
-    app = build(config)
-    free_port(config.host, config.port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with Session(ClusterConfig(address=config.address)):
-        ray_serve.start(http_options={"host": config.host, "port": config.port})
-        ray_serve.run(app, name="adapters")
-        print(f"ready: http://{config.host}:{config.port} (try it at /docs; Ctrl-C ends it)", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        finally:
-            ray_serve.shutdown()
+    serve_here(config, config.guard, lambda: build(config), "adapters", "/docs")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -130,3 +130,53 @@ class Lazy(Generic[K, T]):
             return value
         finally:
             del self._loading[name]
+
+
+class Gatherer(Generic[T, R]):
+    """Calls `work(items)`, which waits for others, with all items that came since; `await gatherer(item)` gives its result.
+
+    Args:
+        work: a list of items to the list of their results or refusals, in order.
+        limit: items in one call at most.
+        under_way: calls at once at most. With two, one is computed while the answers of the other are on their way.
+    """
+
+    def __init__(
+        self, work: Callable[[list[T]], Awaitable[Sequence[R | Refused]]], limit: int, under_way: int = 2
+    ) -> None:
+        self.work, self.limit, self.under_way = work, limit, under_way
+        self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, item: T) -> R:
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._queue.append((item, future))
+        if len(self._calls) < self.under_way:
+            call = asyncio.create_task(self._run())
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        return await future
+
+    async def _run(self) -> None:
+        while self._queue:
+            taken = [self._queue.popleft() for _ in range(min(self.limit, len(self._queue)))]
+            taken = [one for one in taken if not one[1].done()]  # whoever gave up is not asked for
+            if taken:
+                await self._call(taken)
+
+    async def _call(self, taken: list[tuple[T, asyncio.Future[R]]]) -> None:
+        wrong: BaseException | None = None
+        results: Sequence[R | Refused] = []
+        try:
+            results = await self.work([item for item, _ in taken])
+        except Exception as error:  # noqa: BLE001 (it is raised again where each item was asked for)
+            wrong = error
+        for i, (_, future) in enumerate(taken):
+            if future.done():
+                continue
+            if wrong is not None:
+                future.set_exception(wrong)
+            elif isinstance(result := results[i], Refused):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

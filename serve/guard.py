@@ -102,8 +102,10 @@ class Guard:
         keys: Sequence[str],
         meters: FrontMeters,
         routes: Callable[[], set[str]],
+        also_open: Sequence[str] = (),
     ) -> None:
         self.app, self.config, self.keys, self.meters, self.routes = app, config, keys, meters, routes
+        self.open = {*OPEN, *also_open}
         self.waiting = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,7 +122,7 @@ class Guard:
             await send(message)
 
         try:
-            if path in OPEN:
+            if path in self.open:
                 await self.app(scope, receive, sending)
             else:
                 await self._checked(scope, receive, sending)
@@ -190,6 +192,7 @@ def guarded_app(
     meters: FrontMeters,
     ready: Callable[[], Awaitable[Any]],
     snapshots: Callable[[], Awaitable[Mapping[str, Snapshot]]],
+    also_open: Sequence[str] = (),
 ) -> FastAPI:
     """A FastAPI app behind a Guard, with /healthz, /metrics and errors of one sentence.
 
@@ -197,13 +200,14 @@ def guarded_app(
         keys: digests from `GuardConfig.digests`.
         ready: returns when the app can answer, raises while it cannot.
         snapshots: metrics of every replica, by its name.
+        also_open: paths that need no key besides /healthz, /metrics and the documentation; such as a page without data.
     """
     app = FastAPI(title=title, description=description, redoc_url=None)
 
     def routes() -> set[str]:
         return {str(getattr(route, "path", "")) for route in app.routes}
 
-    app.add_middleware(Guard, config=config, keys=keys, meters=meters, routes=routes)
+    app.add_middleware(Guard, config=config, keys=keys, meters=meters, routes=routes, also_open=also_open)
 
     @app.get("/healthz", summary="200 once every part of the app can answer", tags=["operation"])
     async def healthz() -> dict[str, str]:

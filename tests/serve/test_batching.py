@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from serve.batching import Batcher, Lazy
+from serve.batching import Batcher, Gatherer, Lazy
 from serve.refusal import Refused
 
 
@@ -149,3 +149,60 @@ def test_a_failed_load_is_told_and_tried_again_and_outlives_who_gave_up() -> Non
 
     asyncio.run(ask())
     assert tries == ["a", "a"]
+
+
+def test_what_comes_while_calls_are_under_way_goes_in_one_call() -> None:
+    calls: list[list[int]] = []
+
+    async def work(items: list[int]) -> list[int]:
+        calls.append(items)
+        await asyncio.sleep(0.05)
+        return [2 * item for item in items]
+
+    async def run() -> list[int]:
+        gather = Gatherer(work, limit=8, under_way=2)
+        return await asyncio.gather(*(gather(i) for i in range(20)))
+
+    assert asyncio.run(run()) == [2 * i for i in range(20)]
+    assert sorted(len(call) for call in calls) == [4, 8, 8]
+    assert [item for call in calls for item in call] == list(range(20))
+
+
+def test_a_refusal_is_for_one_and_an_error_for_all_of_a_call_and_the_next_call_is_made() -> None:
+    async def work(items: list[int]) -> list[int | Refused]:
+        if 7 in items:
+            raise OSError("away")
+        return [Refused(422, "no") if item == 1 else item for item in items]
+
+    async def run() -> tuple[list, list, int]:
+        gather = Gatherer(work, limit=4, under_way=1)
+        first = await asyncio.gather(*(gather(i) for i in (0, 1, 2)), return_exceptions=True)
+        second = await asyncio.gather(*(gather(i) for i in (6, 7)), return_exceptions=True)
+        return first, second, await gather(3)
+
+    first, second, third = asyncio.run(run())
+    assert (first[0], first[2], third) == (0, 2, 3)
+    assert isinstance(first[1], Refused)
+    assert all(isinstance(one, OSError) for one in second)
+
+
+def test_whoever_gave_up_is_not_asked_for() -> None:
+    calls: list[list[int]] = []
+
+    async def work(items: list[int]) -> list[int]:
+        calls.append(items)
+        await asyncio.sleep(0.05)
+        return items
+
+    async def run() -> int:
+        gather = Gatherer(work, limit=4, under_way=1)
+        first = asyncio.create_task(gather(0))
+        await asyncio.sleep(0.01)
+        second, third = asyncio.create_task(gather(1)), asyncio.create_task(gather(2))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        await first
+        return await third
+
+    assert asyncio.run(run()) == 2
+    assert calls == [[0], [2]]

@@ -135,7 +135,7 @@ class LiveShard:
         wait_s: how long to wait for another process that owns it.
 
     Raises:
-        UserError: another process owns it, or its journal or its current version is not whole.
+        UserError: another process owns it, or its journal is not whole.
     """
 
     def __init__(self, root: str | Path, shard: int, wait_s: float = 0.0) -> None:
@@ -143,11 +143,10 @@ class LiveShard:
         if not 0 <= shard < self.root.shards:
             raise UserError(f"shard: got {shard}; {self.root.folder} has {self.root.shards}, numbered from 0")
         self._open: dict[str, Live] = {}
-        base = self.root.load(self.root.current(), shard)
-        self.journal = Journal(
-            self.root.journal_folder(shard), base.width, base.fingerprint, self._apply, base.manifest["journal"], wait_s
-        )
-        self.version(self.root.current())
+        folder, first = self.root.journal_folder(shard), 0
+        if not any(folder.glob("changes-*.log")):
+            first = self.root.load(self.root.current(), shard).manifest["journal"]
+        self.journal = Journal(folder, self.root.width, self.root.fingerprint, self._apply, first, wait_s)
 
     def _apply(self, changes: Sequence[Change]) -> None:
         for live in self._open.values():
@@ -186,8 +185,8 @@ class LiveShard:
         """Delete documents; durable when it returns. Nothing happens to those that are not there."""
         self.journal.append(Change(tuple(ids)))
 
-    def compact(self, version: str, threads: int = 1) -> int:
-        """Write this shard of a new version that holds all changes so far; how many documents it has.
+    def compact(self, version: str, source: str, threads: int = 1) -> int:
+        """Write this shard of a new version: `source` with all changes so far; how many documents it has.
 
         Changes made meanwhile go to a new segment of the journal, which the new version will be read with.
 
@@ -197,7 +196,7 @@ class LiveShard:
         if self.root.version_folder(version).exists():
             raise UserError(f"version: got {version!r}; {self.root.folder} has one of that name, choose another")
         folder = self.root.version_folder(version, "building") / shard_folder(self.shard)
-        live = self.version(self.root.current())
+        live = self.version(source)
         with self.journal.still:
             view, first = live.view, self.journal.rotate()
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +208,9 @@ class LiveShard:
         self.journal.close()
 
 
-def settle(root: Root, version: str, sizes: Sequence[int]) -> None:
+def settle(root: Root, version: str, source: str, sizes: Sequence[int]) -> None:
     """Publish a version whose shards have all been compacted, to `sizes` documents each."""
-    kind = VectorIndex(root.version_folder(root.current()) / shard_folder(0), verify=False).kind
-    told = {"format": FORMAT, "shards": root.shards, "kind": kind, "m": sum(sizes)}
+    told = {"format": FORMAT, "shards": root.shards, "kind": root.check(source)["kind"], "m": sum(sizes)}
     root.settle(root.version_folder(version, "building"), version, told)
     publish(root.folder, version)
 
@@ -227,7 +225,8 @@ def compact(root: str | Path, version: str, threads: int = 1) -> None:
     shards: list[LiveShard] = []
     try:
         shards += [LiveShard(root, s) for s in range(opened.shards)]
-        settle(opened, version, [shard.compact(version, threads) for shard in shards])
+        source = opened.current()
+        settle(opened, version, source, [shard.compact(version, source, threads) for shard in shards])
     finally:
         for shard in shards:
             shard.close()

@@ -97,7 +97,8 @@ def test_any_changes_crashes_and_compactions_equal_a_dictionary(steps: list, sta
                 shard = LiveShard(root, 0)
             else:
                 count += 1
-                settle(shard.root, f"v{count}", [shard.compact(f"v{count}")])
+                source = shard.root.current()
+                settle(shard.root, f"v{count}", source, [shard.compact(f"v{count}", source)])
             model.check(shard)
         shard.close()
         model.check(again := LiveShard(root, 0))
@@ -250,7 +251,7 @@ def test_changes_made_while_it_is_compacted_are_in_the_new_version_and_in_the_ol
     thread = threading.Thread(target=writer)
     thread.start()
     for i in range(1, 4):
-        settle(shard.root, f"v{i}", [shard.compact(f"v{i}")])
+        settle(shard.root, f"v{i}", f"v{i - 1}", [shard.compact(f"v{i}", f"v{i - 1}")])
         shard.version(f"v{i}")
     stop.set()
     thread.join()

@@ -61,7 +61,9 @@ class Task:
 
 
 def train_here(task: Task, device: str, peers: Peers, tell: Tell) -> State:
-    """Make the steps that are left; returns the last state. Every worker calls it; the first one writes and tells.
+    """Make the steps that are left. Every worker calls it; the first one writes and tells.
+
+    Returns the last state if the task has no storage; otherwise it is in the last checkpoint, and nothing is returned.
 
     Raises:
         UserError: the blocks of a step cannot be shared out evenly.
@@ -105,7 +107,7 @@ def _train(task: Task, device: str, peers: Peers, tell: Tell) -> State:
             told = time.monotonic()
     if start >= learner.steps:
         _save(task, engine, start, True, peers, device, tell)
-    return engine.state()
+    return engine.state() if task.storage is None else State()
 
 
 def _engine(learner: Learner, device: str, config: TrainConfig, peers: Peers, state: State) -> Engine:

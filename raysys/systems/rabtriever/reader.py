@@ -1,0 +1,157 @@
+"""Texts to the two parts of the prompt, for both kinds of backbone; and the backbone that a setting asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raysys.nn.encoder import TextEncoder
+from raysys.nn.pretrained import find_model, load_base
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.rabtriever.backbone import Backbone, BridgeBackbone, Part, TokenBackbone, stack_parts
+from raysys.systems.rabtriever.prompt import PromptTokens, plain
+from raysys.systems.rabtriever.setting import TeacherSetting
+
+
+class Reader(Protocol):
+    """Texts to parts of prompts."""
+
+    def documents(self, texts: Sequence[str]) -> Part: ...
+
+    def queries(self, texts: Sequence[str]) -> Part: ...
+
+
+class TokenReader:
+    """Units are token ids of the template."""
+
+    def __init__(self, prompt: PromptTokens) -> None:
+        self.prompt = prompt
+
+    def documents(self, texts: Sequence[str]) -> Part:
+        return stack_parts([torch.tensor(ids) for ids in self.prompt.documents(texts)])
+
+    def queries(self, texts: Sequence[str]) -> Part:
+        return stack_parts([torch.tensor(ids) for ids in self.prompt.queries(texts)])
+
+
+class BridgeReader:
+    """Units are vectors of a frozen encoder, scaled to variance one. The question is a learned unit of the backbone.
+
+    Queries that are too long for the encoder lose their oldest words, as the template asks; documents their last.
+    """
+
+    def __init__(self, setting: TeacherSetting, device: str = "cpu") -> None:
+        self.setting = setting
+        base = load_base(setting.encoder, device)
+        self.tokenizer = base.tokenizer
+        limit = int(getattr(base.model.config, "max_position_embeddings", 512))  # type: ignore[union-attr, arg-type]
+        self.encoders = {
+            "document": TextEncoder(base, min(setting.max_document, limit)),
+            "query": TextEncoder(base, min(setting.max_query, limit)),
+        }
+        self.unit = base.width
+
+    def documents(self, texts: Sequence[str]) -> Part:
+        return self._part("document", [_given("document", i, text) for i, text in enumerate(texts)])
+
+    def queries(self, texts: Sequence[str]) -> Part:
+        return self._part("query", [self._newest(_given("query", i, text)) for i, text in enumerate(texts)])
+
+    def _newest(self, text: str) -> str:
+        """The last words of a text that fit."""
+        room = self.encoders["query"].max_length - 2
+        if len(text) <= room:  # a token has at least one letter
+            return text
+        told = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(told) <= room else text[told[-room][0] :]
+
+    def _part(self, kind: str, texts: list[str]) -> Part:
+        encoder, scale = self.encoders[kind], self.unit**0.5
+        if self.setting.units == "pooled":
+            vectors = encoder.encode(texts) * scale
+            return Part(vectors[:, None], torch.ones(len(texts), dtype=torch.long))
+        states = encoder.states(texts)
+        if self.setting.units == "chunks":
+            states = [chunk_means(one, self.setting.chunks) for one in states]
+        return stack_parts([one / one.norm(dim=-1, keepdim=True).clamp_min(1e-9) * scale for one in states])
+
+
+def chunk_means(states: Tensor, chunks: int) -> Tensor:
+    """(min(L, chunks), e): means over spans of equal length of (L, e)."""
+    return torch.stack([one.mean(0) for one in states.tensor_split(min(chunks, len(states)))])
+
+
+def _given(kind: str, position: int, text: str) -> str:
+    cleaned = plain(text)
+    if not cleaned:
+        raise ValueError(f"{kind}: number {position} is empty; expected a text with words")
+    return cleaned
+
+
+def make_reader(setting: TeacherSetting, device: str = "cpu") -> Reader:
+    """The reader that a setting asks for.
+
+    Raises:
+        ValueError: the model or its tokenizer is not there, or its labels are not single tokens.
+    """
+    if setting.model == "bridge":
+        return BridgeReader(setting, device)
+    from transformers import AutoTokenizer
+
+    source = find_model(setting.model)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: got {setting.model!r}; its tokenizer cannot be loaded ({str(error)[:200]})"
+        ) from error
+    return TokenReader(prompt_of(tokenizer, setting))
+
+
+def prompt_of(tokenizer: Any, setting: TeacherSetting) -> PromptTokens:
+    """The template for a tokenizer; labels with the leading space that most vocabularies have, or without."""
+    make = partial(PromptTokens, tokenizer, setting.max_document, setting.max_query)
+    try:
+        return make()
+    except ValueError:
+        return make(labels=("T", "F"))
+
+
+def make_backbone(setting: TeacherSetting, reader: Reader, seed: int, device: str = "cpu") -> Backbone:
+    """A fresh backbone: the bridge with weights drawn from the seed, or the pretrained language model.
+
+    Raises:
+        ValueError: the model cannot be loaded, or has no safetensors weights.
+    """
+    if isinstance(reader, BridgeReader):
+        window = {"pooled": 1, "chunks": setting.chunks, "tokens": reader.encoders["document"].max_length}[
+            setting.units
+        ]
+        drawn = Seeds(seed).generator(Stream.INIT)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=drawn)))
+            backbone: Backbone = BridgeBackbone(reader.unit, setting.width, setting.layers, window=window)
+        return backbone.to(device)
+    assert isinstance(reader, TokenReader)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            find_model(setting.model), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: got {setting.model!r}; it cannot be loaded ({str(error)[:200]})") from error
+    if setting.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=setting.lora_rank, lora_alpha=2 * setting.lora_rank, target_modules="all-linear", init_lora_weights=True
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = get_peft_model(model, lora).get_base_model()
+    return TokenBackbone(model, reader.prompt.label_ids, setting.max_document).to(device)

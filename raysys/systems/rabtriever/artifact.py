@@ -9,8 +9,8 @@ Shapes: n texts, d hidden size.
 
 Notable choices
 - Nothing is unpickled and no code that comes with a model is run.
-- The fingerprint covers what document vectors depend on: the teacher's weights, the template, labels, lengths, and the frozen encoder.
-  Vectors of equal fingerprint can be compared; training the predictor again changes none.
+- The fingerprint covers what document vectors depend on: the teacher's weights, the template, labels, lengths, and the frozen
+  encoder. Vectors of equal fingerprint can be compared; training the predictor again changes none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from raysys.runtime.config import Config
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage
 from raysys.systems.rabtriever import prompt
-from raysys.systems.rabtriever.backbone import Backbone, BridgeBackbone, TokenBackbone
+from raysys.systems.rabtriever.backbone import Backbone, TokenBackbone
 from raysys.systems.rabtriever.predictor import Predictor
 from raysys.systems.rabtriever.reader import BridgeReader, Reader, TokenReader, make_backbone, make_reader, prompt_of
 from raysys.systems.rabtriever.setting import StudentSetting, TeacherSetting

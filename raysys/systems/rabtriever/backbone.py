@@ -31,10 +31,14 @@ class Part(NamedTuple):
     units: Tensor
     length: Tensor
 
-    def pick(self, rows: Tensor) -> Part:
-        """These rows, cut to the longest of them."""
+    def pick(self, rows: Tensor, width: int | None = None) -> Part:
+        """These rows, cut or padded to `width` units, by default to the longest of them."""
         length = self.length[rows]
-        return Part(self.units[rows, : int(length.max())], length)
+        width = int(length.max()) if width is None else width
+        units = self.units[rows, :width]
+        if (lacking := width - units.shape[1]) > 0:
+            units = F.pad(units, (0, 0) * (units.dim() - 2) + (0, lacking))
+        return Part(units, length)
 
 
 class Prefix(NamedTuple):
@@ -60,6 +64,13 @@ def stack_parts(parts: Sequence[Tensor]) -> Part:
     return Part(pad_sequence(list(parts), batch_first=True), length)
 
 
+def joined(first: Part, second: Part) -> Part:
+    """Both parts, one after the other."""
+    width = max(first.units.shape[1], second.units.shape[1])
+    parts = [one.pick(torch.arange(len(one.length)), width) for one in (first, second)]
+    return Part(torch.cat([one.units for one in parts]), torch.cat([one.length for one in parts]))
+
+
 class Backbone(nn.Module):
     """A causal model with a language head without bias.
 
@@ -70,13 +81,17 @@ class Backbone(nn.Module):
         window: positions L_D that are kept for the document.
     """
 
+    body: nn.Module
+    head: nn.Linear
     labels: tuple[int, int]
+    window: int
 
     def __init__(self, body: nn.Module, head: nn.Linear, labels: tuple[int, int], window: int) -> None:
         super().__init__()
         if head.bias is not None:
             raise ValueError("model: its language head has a bias; the folded score needs a head without one")
-        self.body, self.head, self.labels, self.window = body, head, labels, window
+        self.body, self.head = body, head
+        self.labels, self.window = labels, window
 
     @property
     def width(self) -> int:
@@ -124,9 +139,13 @@ class Backbone(nn.Module):
                 cache.update(k, v, number)
             mask = torch.cat([prefix.mask, mask], 1)
         out = self.body(
-            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=prefix is not None
-        )  # fmt: skip
-        return _last(out.last_hidden_state, queries_length(embedded, positions, mask))
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=prefix is not None,
+        )
+        return _last(out.last_hidden_state, mask[:, mask.shape[1] - embedded.shape[1] :].sum(1))
 
     def pairs(self, documents: Part, queries: Part) -> Tensor:
         """Answer states (n, d) of pairs read as one sequence, M([D; Q])[-1]."""
@@ -157,11 +176,6 @@ class Backbone(nn.Module):
         return embedded, (column < length[:, None]).long(), (column + self.window).expand(len(embedded), -1)
 
 
-def queries_length(embedded: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """How many positions of each query count (n,): the mask's last columns are the query's."""
-    return mask[:, mask.shape[1] - embedded.shape[1] :].sum(1)
-
-
 def _last(states: Tensor, length: Tensor) -> Tensor:
     """The state (n, d) of the last position that counts, of (n, L, d) left-aligned ones."""
     return states[torch.arange(len(states), device=states.device), length - 1]
@@ -173,13 +187,16 @@ class TokenBackbone(Backbone):
     def __init__(self, model: nn.Module, labels: tuple[int, int], window: int) -> None:
         whole: Any = model
         super().__init__(whole.get_decoder(), whole.get_output_embeddings(), labels, window)
-        self.table = whole.get_input_embeddings()
+
+    def _embed(self, part: Part) -> tuple[Tensor, Tensor]:
+        table: Any = self.body  # its table is asked for each time: kept here, it would be saved twice
+        return table.get_input_embeddings()(part.units), part.length
 
     def embed_documents(self, part: Part) -> tuple[Tensor, Tensor]:
-        return self.table(part.units), part.length
+        return self._embed(part)
 
     def embed_queries(self, part: Part) -> tuple[Tensor, Tensor]:
-        return self.table(part.units), part.length
+        return self._embed(part)
 
     def auxiliary(self, documents: Part, read: Prefix, queries: Part) -> Tensor:
         """Mean next-token loss over the documents: keeps their states informative while the model learns to answer."""

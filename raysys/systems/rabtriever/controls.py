@@ -56,8 +56,8 @@ def hyper_encoder(setting: StudentSetting, frozen: Frozen, examples: Examples, t
         found, also = examples.groups(seeds, step, 0, rows, setting.group - 1)
         scores = model(asked[torch.from_numpy(rows)], z[torch.from_numpy(found)])
         optimizer.zero_grad()
-        losses.info_nce(scores, torch.from_numpy(also)).backward()
+        torch.autograd.backward(losses.info_nce(scores, torch.from_numpy(also)))
         optimizer.step()
     with torch.inference_mode():
-        parts = [model(one, z.expand(len(one), -1, -1)) for one in ((test - mean) / std).split(64)]
+        parts = [model(one, z.expand(len(one), -1, -1)) for one in torch.split((test - mean) / std, 64)]
         return torch.cat(parts).numpy()

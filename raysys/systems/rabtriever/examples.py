@@ -60,7 +60,8 @@ class Examples:
     ) -> tuple[I64, NDArray[np.bool_]]:
         """Documents (b, 1 + others) for these queries, a positive first; and which of the others are positives, too.
 
-        The others are random known ones without repetition; with `own` (n, top), half of them are drawn from the query's row of it.
+        The others are random known ones without repetition; with `own` (n, top), half of them are drawn from the query's row
+        of it.
         """
         b, m = len(rows), len(self.known)
         u = seeds.uniform(Stream.BATCH, DRAWS + block, step, b * (1 + m)).reshape(b, 1 + m)

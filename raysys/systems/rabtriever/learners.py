@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.rabtriever import losses
 from raysys.systems.rabtriever.backbone import Backbone, Part
 from raysys.systems.rabtriever.examples import I64, Examples
-from raysys.systems.rabtriever.predictor import HyperPredictor, Predictor
+from raysys.systems.rabtriever.predictor import Predictor
 from raysys.systems.rabtriever.setting import StudentSetting, TeacherSetting, cosine
 from raysys.systems.rabtriever.targets import Targets
 
@@ -121,7 +121,9 @@ class StudentLearner:
     ) -> None:
         self.setting, self.examples, self.targets, self.steps = setting, examples, targets, setting.steps
         self.seeds = Seeds(seed)
-        self.frozen = Frozen(*(t.to(device) for t in (frozen.queries, frozen.documents, frozen.head)), frozen.labels)
+        self.frozen = Frozen(
+            frozen.queries.to(device), frozen.documents.to(device), frozen.head.to(device), frozen.labels
+        )
         self.module = start_predictor(setting, self.frozen, examples, seed).to(device)
         self.z = self.module.document(self.frozen.documents)
         self.others = len(examples.known) - 1 if setting.rollout == "all" else setting.group - 1
@@ -137,7 +139,8 @@ class StudentLearner:
             self.asked.clear()
 
     def loss(self, step: int, block: int) -> Tensor:
-        rows, found, also, asked = self.asked.pop((step, block), None) or self._ask(step, block)
+        known = (step, block) in self.asked
+        rows, found, also, asked = self.asked.pop((step, block)) if known else self._ask(step, block)
         if (
             step + 1 < self.steps and (step + 1) % self.setting.refresh
         ):  # what comes next is known already: let the teacher begin
@@ -198,7 +201,7 @@ class StudentLearner:
         known = self.z[torch.from_numpy(self.examples.known)]
         top = min(self.setting.top, len(known))
         found = []
-        for queries in self.frozen.queries.split(2048):
+        for queries in torch.split(self.frozen.queries, 2048):
             a, _ = self.module(queries)
             found.append((self.frozen.direction * a @ known.T).topk(top).indices)
         return torch.cat(found)

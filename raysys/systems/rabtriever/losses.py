@@ -41,8 +41,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tenso
 def sampled_reverse_kl(student: Tensor, teacher: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """On-policy policy gradient of the reverse KL: the student draws answers, the teacher judges them.
 
-    The answer is one token, so with a ~ P_S and the advantage r = log P_S(a) - log P_T(a), the gradient of mean(r log P_S(a)), r held
-    fixed, has the exact KL's gradient as its expectation. The value is the gradient's carrier, not the KL.
+    The answer is one token, so with a ~ P_S and r = log P_S(a) - log P_T(a) the gradient of mean(r log P_S(a)), r held fixed, has
+    the exact KL's gradient as its expectation. The value is the gradient's carrier, not the KL.
     """
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     flat = log_s.detach().exp().reshape(-1, log_s.shape[-1])
@@ -54,8 +54,8 @@ def sampled_reverse_kl(student: Tensor, teacher: Tensor, samples: int, generator
 def scaled_mse(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     """Mean over all coordinates of (state_S - state_T)^2 / variance, `variance` (d,) of the teacher's states by coordinate.
 
-    With variance 1 it is the paper's MSE [P, Eq. 11]. In units of the variance, single coordinates of huge size, which large language
-    models have, do not drown the others, and w means the same for every backbone [ours].
+    With variance 1 it is the paper's MSE [P, Eq. 11]. In units of the variance, single coordinates of huge size, which large
+    language models have, do not drown the others, and w means the same for every backbone [ours].
     """
     return ((student - teacher) ** 2 / variance).mean()
 

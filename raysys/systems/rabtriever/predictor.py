@@ -41,6 +41,11 @@ class Predictor(nn.Module):
         hidden: h; the paper does not state it [P?].
     """
 
+    query_mean: Tensor
+    query_std: Tensor
+    document_mean: Tensor
+    document_std: Tensor
+
     def __init__(
         self, width: int, combine: Combine = "mul", additive: bool = True, layers: int = 2, hidden: int = 256
     ) -> None:
@@ -97,9 +102,10 @@ def _mlp(width: int, hidden: int, layers: int) -> nn.Sequential:
 
 
 class HyperPredictor(nn.Module):
-    """The query makes a small network that scores a document's vector (after Hypencoder, arXiv 2502.05364; our re-implementation).
+    """The query makes a small network that scores a document's vector (after Hypencoder, arXiv 2502.05364).
 
-    score = w_q . relu(W_q z) + <u_q, z>: not linear in z, so no inner-product index serves it. The comparison beyond rank d.
+    score = w_q . relu(W_q z) + <u_q, z>: not linear in z, so no inner-product index serves it. The comparison beyond rank d; our
+    own re-implementation of the idea.
 
     Args:
         width: d. units: of the small network. hidden: of the network that makes it.

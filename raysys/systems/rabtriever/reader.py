@@ -48,7 +48,7 @@ class BridgeReader:
         self.setting = setting
         base = load_base(setting.encoder, device)
         self.tokenizer = base.tokenizer
-        limit = int(getattr(base.model.config, "max_position_embeddings", 512))  # type: ignore[union-attr, arg-type]
+        limit = int(getattr(base.model.config, "max_position_embeddings", 512))
         self.encoders = {
             "document": TextEncoder(base, min(setting.max_document, limit)),
             "query": TextEncoder(base, min(setting.max_query, limit)),

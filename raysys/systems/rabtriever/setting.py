@@ -16,7 +16,7 @@ class TeacherSetting(Config):
     """The generative reranker and its training."""
 
     model: str = "bridge"
-    """bridge: a tiny causal transformer over the vectors of a frozen encoder; or a Hugging Face causal language model by path or id."""
+    """bridge: a tiny causal transformer over the vectors of a frozen encoder; or a causal language model by path or id."""
     encoder: str = MINILM
     """Bridge only: the frozen text encoder, minilm (ships with a package) or a path or id."""
     units: Literal["pooled", "chunks", "tokens"] = "pooled"
@@ -65,7 +65,7 @@ class StudentSetting(Config):
     hidden: int = Field(256, ge=1, le=65_536)
     """Its hidden width (not stated in the paper)."""
     loss: Literal["jepa", "listwise", "listwise_reverse", "margin_mse", "infonce"] = "jepa"
-    """jepa: MSE of states + KL of answers [P]; listwise, margin_mse: the teacher's scores only; infonce: labels only, no teacher."""
+    """jepa: MSE of states + KL of answers [P]; listwise, margin_mse: the teacher's scores alone; infonce: labels, no teacher."""
     match: Literal["mse", "contrastive"] = "mse"
     """How states are compared: mse [P], or contrastive among the documents of a query (the ablation)."""
     mse_weight: float = Field(1.0, ge=0)

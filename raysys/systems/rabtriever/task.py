@@ -68,8 +68,11 @@ def _chosen(queries: Queries, count: int, rng: np.random.Generator) -> Queries:
         return queries
     rows = np.sort(rng.permutation(len(queries))[:count])
     return Queries(
-        *(tuple(values[i] for i in rows) for values in (queries.ids, queries.texts, queries.relevant, queries.grades)),
-        itself=queries.itself[rows],
+        tuple(queries.ids[i] for i in rows),
+        tuple(queries.texts[i] for i in rows),
+        tuple(queries.relevant[i] for i in rows),
+        tuple(queries.grades[i] for i in rows),
+        queries.itself[rows],
     )
 
 

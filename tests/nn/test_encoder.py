@@ -87,7 +87,7 @@ def test_every_text_is_in_one_batch_and_batches_pad_little(base):
     batches = list(TextEncoder(base)._cut(length))
     assert sorted(np.concatenate(batches)) == list(range(2000))
     padded = [len(rows) * length[rows].max() for rows in batches]
-    assert max(padded) <= 4096
+    assert max(padded) <= 1024
     assert sum(padded) < 1.03 * length.sum()
 
 

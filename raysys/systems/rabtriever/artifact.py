@@ -9,6 +9,7 @@ Shapes: n texts, d hidden size.
 
 Notable choices
 - Nothing is unpickled and no code that comes with a model is run.
+- The description holds the SHA-256 of each file, since a damaged number in a safetensors file looks like any other number.
 - The fingerprint covers what document vectors depend on: the teacher's weights, the template, labels, lengths, and the frozen
   encoder. Vectors of equal fingerprint can be compared; training the predictor again changes none.
 """
@@ -51,6 +52,8 @@ class Description(Config):
     teacher: TeacherSetting
     student: StudentSetting
     fingerprint: str
+    predictor: str
+    """SHA-256 of predictor.safetensors."""
     data: str
     licence: str
     width: int
@@ -65,8 +68,17 @@ def fingerprint(setting: TeacherSetting, backbone: Backbone, reader: Reader) -> 
         "units": [setting.units, setting.chunks] if setting.model == "bridge" else "ids",
         "weights": digest(backbone),
         "encoder": hash_of(reader.encoders["document"].base.model) if isinstance(reader, BridgeReader) else "",
+        "vocabulary": sorted(tokenizer_of(reader).get_vocab().items()),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_of(reader: Reader) -> Any:
+    """What cuts the reader's texts into tokens."""
+    if isinstance(reader, BridgeReader):
+        return reader.tokenizer
+    assert isinstance(reader, TokenReader)
+    return reader.prompt.tokenizer
 
 
 def hash_of(model: nn.Module) -> str:
@@ -79,19 +91,25 @@ def hash_of(model: nn.Module) -> str:
 
 
 def save_teacher(storage: Storage, setting: TeacherSetting, backbone: Backbone, reader: Reader) -> None:
-    """Write the teacher alone: what teacher actors and the index of documents need."""
-    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.state_dict().items()}
-    storage.write_bytes(f"{FOLDER}/backbone.safetensors", safetensors.torch.save(weights))
+    """Write the teacher alone: what teacher actors and the index of documents need.
+
+    Raises:
+        ValueError: it still has LoRA factors (`reader.merged` adds them into the weights).
+    """
+    if factors := [name for name in backbone.state_dict() if ".lora_" in name]:
+        raise ValueError(f"backbone: got {len(factors)} LoRA factors; merge them before it is saved")
+    files = {"backbone.safetensors": _packed(backbone)}
     if isinstance(reader, TokenReader):
         with tempfile.TemporaryDirectory() as folder:
             body: Any = backbone.body
             body.config.save_pretrained(folder)
             reader.prompt.tokenizer.save_pretrained(folder)
-            for file in Path(folder).iterdir():
-                storage.write_bytes(f"{FOLDER}/model/{file.name}", file.read_bytes())
-    storage.write_bytes(
-        f"{FOLDER}/teacher.json", json.dumps({"format": FORMAT, **setting.model_dump()}, indent=1).encode()
-    )
+            files |= {f"model/{file.name}": file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    for name, content in files.items():
+        storage.write_bytes(f"{FOLDER}/{name}", content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    told = {"format": FORMAT, "files": digests, **setting.model_dump()}
+    storage.write_bytes(f"{FOLDER}/teacher.json", json.dumps(told, indent=1).encode())
 
 
 def save_student(
@@ -104,13 +122,14 @@ def save_student(
     licence: str,
 ) -> None:
     """Write the predictor, and last the description that makes the folder an artifact."""
-    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in predictor.state_dict().items()}
-    storage.write_bytes(f"{FOLDER}/predictor.safetensors", safetensors.torch.save(weights))
+    content = _packed(predictor)
+    storage.write_bytes(f"{FOLDER}/predictor.safetensors", content)
     told = Description(
         format=FORMAT,
         teacher=teacher,
         student=student,
         fingerprint=mark,
+        predictor=hashlib.sha256(content).hexdigest(),
         data=data,
         licence=licence,
         width=predictor.width,
@@ -125,31 +144,38 @@ def load_teacher(storage: Storage, device: str = "cpu") -> tuple[TeacherSetting,
         UserError: a file is missing, damaged or not ours.
     """
     told = _json(storage, "teacher.json")
-    if told.pop("format", None) != FORMAT:
+    files = told.pop("files", None)
+    if told.pop("format", None) != FORMAT or not isinstance(files, dict) or "backbone.safetensors" not in files:
         raise UserError(f"run: {storage.address(FOLDER)}/teacher.json is not of format {FORMAT}")
     setting = TeacherSetting.of(told, source=f"{storage.address(FOLDER)}/teacher.json")
     if setting.model == "bridge":
-        reader = make_reader(setting, device)
+        try:
+            reader = make_reader(setting, device)
+        except ValueError as error:
+            raise UserError(f"run: got {storage.uri}; its frozen encoder is not here ({error})") from error
         backbone = make_backbone(setting, reader, 0, device)
     else:
-        backbone, reader = _language_model(storage, setting, device)
-    _load(backbone, storage, "backbone.safetensors")
+        backbone, reader = _language_model(storage, setting, device, files)
+    _load(backbone, storage, "backbone.safetensors", str(files["backbone.safetensors"]))
     return setting, backbone.eval().requires_grad_(False), reader
 
 
-def _language_model(storage: Storage, setting: TeacherSetting, device: str) -> tuple[Backbone, Reader]:
+def _language_model(
+    storage: Storage, setting: TeacherSetting, device: str, files: dict[str, Any]
+) -> tuple[Backbone, Reader]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        for name in storage.files(f"{FOLDER}/model"):
-            (Path(folder) / name.rpartition("/")[2]).write_bytes(storage.read_bytes(name))
+        for name, sha256 in files.items():  # those that were written, and no others
+            if name.startswith("model/"):
+                (Path(folder) / name.rpartition("/")[2]).write_bytes(_whole(storage, name, str(sha256)))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of what another version wrote; the tokenizers library raises a bare Exception
             raise UserError(f"run: {storage.address(FOLDER)}/model cannot be read ({str(error)[:200]})") from error
     reader = TokenReader(prompt_of(tokenizer, setting))
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     return TokenBackbone(model, reader.prompt.label_ids, setting.max_document).to(device), reader
 
 
@@ -184,7 +210,7 @@ class Retriever:
             )
         s = told.student
         predictor = Predictor(told.width, s.combine, s.additive, s.layers, s.hidden).to(device)
-        _load(predictor, storage, "predictor.safetensors")
+        _load(predictor, storage, "predictor.safetensors", told.predictor)
         return cls(told, backbone, reader, predictor, storage.uri.rpartition("/")[2])
 
     def queries(self, texts: Sequence[str]) -> tuple[F32, F32]:
@@ -232,9 +258,28 @@ def _json(storage: Storage, name: str) -> dict[str, Any]:
     return found
 
 
-def _load(module: nn.Module, storage: Storage, name: str) -> None:
+def _packed(module: nn.Module) -> bytes:
+    """All weights and buffers as a safetensors file."""
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+    return safetensors.torch.save(weights)
+
+
+def _whole(storage: Storage, name: str, sha256: str) -> bytes:
+    """The content of a file that must have this SHA-256."""
     where = storage.address(f"{FOLDER}/{name}")
     try:
-        module.load_state_dict(safetensors.torch.load(storage.read_bytes(f"{FOLDER}/{name}")))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"run: {where} is not whole ({type(error).__name__}: {str(error)[:200]})") from error
+        content = storage.read_bytes(f"{FOLDER}/{name}")
+    except OSError as error:
+        raise UserError(f"run: got {storage.uri}; {where} cannot be read ({type(error).__name__})") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"run: got {storage.uri}; {where} is damaged, its SHA-256 is not the one that was written down")
+    return content
+
+
+def _load(module: nn.Module, storage: Storage, name: str, sha256: str) -> None:
+    content = _whole(storage, name, sha256)
+    try:
+        module.load_state_dict(safetensors.torch.load(content))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"run: {storage.address(f'{FOLDER}/{name}')} holds other weights ({reason})") from error

@@ -108,6 +108,10 @@ class Backbone(nn.Module):
         """W_T - W_F (d,), float32: the log-odds of an answer state h are <W_T - W_F, h>."""
         return (self.head.weight[self.labels[0]] - self.head.weight[self.labels[1]]).float()
 
+    def log_odds(self, states: Tensor) -> Tensor:
+        """l_T - l_F (n,) of answer states (n, d), in float32 under autocast, too."""
+        return (states.float() * self.direction).sum(-1)
+
     def embed_documents(self, part: Part) -> tuple[Tensor, Tensor]:
         """Embeddings (n, L, d) and lengths (n,) of document parts."""
         raise NotImplementedError

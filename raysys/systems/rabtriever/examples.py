@@ -80,7 +80,8 @@ class Examples:
             priority[inside, np.searchsorted(self.known, itself[inside])] = (
                 1.5  # a query's own text is no document for it
             )
-        count = min(others, m - 1)
+        # all other documents are one fewer where some query is a document itself: the same number for every query
+        count = min(others, m - 1 - int(np.isin(self.itself, self.known).any()))
         picked = (
             np.argpartition(priority, count - 1, 1)[:, :count] if 0 < count < m else np.argsort(priority, 1)[:, :count]
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.runtime.seeds import Seeds, Stream
@@ -64,15 +65,12 @@ class TeacherLearner:
         part = _to(self.documents.pick(torch.from_numpy(found.reshape(-1))), device)
         asked = _to(self.queries.pick(torch.from_numpy(np.repeat(rows, k))), device)
         read = backbone.read(part, keep=True)
-        odds = backbone.answer(asked, read).float() @ backbone.direction
+        odds = backbone.log_odds(backbone.answer(asked, read))
         if self.reference is None:
             answers = losses.answer_loss(odds, positive)
         else:
             with torch.no_grad():
-                before = (
-                    self.reference.answer(asked, self.reference.read(part, keep=True)).float()
-                    @ self.reference.direction
-                )
+                before = self.reference.log_odds(self.reference.answer(asked, self.reference.read(part, keep=True)))
             answers = losses.preference_loss(odds, before, positive, self.setting.dpo_beta)
         self.told = {"answers": float(answers.detach())}
         if not self.setting.auxiliary:
@@ -129,7 +127,7 @@ class StudentLearner:
         self.others = len(examples.known) - 1 if setting.rollout == "all" else setting.group - 1
         # in the module, and therefore in checkpoints: what the last search found must survive until the next one
         self.module.register_buffer("own", torch.empty(0, 0, dtype=torch.long))
-        self.asked: dict[tuple[int, int], tuple[I64, I64, np.ndarray, Any]] = {}
+        self.asked: dict[tuple[int, int], tuple[I64, I64, NDArray[np.bool_], Any]] = {}
         self.variance = self._variance()
 
     def before(self, step: int) -> None:
@@ -145,12 +143,20 @@ class StudentLearner:
             step + 1 < self.steps and (step + 1) % self.setting.refresh
         ):  # what comes next is known already: let the teacher begin
             self.asked[step + 1, block] = self._ask(step + 1, block)
-        excluded = torch.from_numpy(also).to(self.z.device)
         a, b = self.module(self.frozen.queries[torch.from_numpy(rows)])
-        z = self.z[torch.from_numpy(found)]
-        s = self.setting
+        with torch.autocast(
+            self.z.device.type, enabled=False
+        ):  # answers lie close together; bfloat16 cannot tell them apart
+            return self._apart(a.float(), b.float(), found, also, asked, step, block)
+
+    def _apart(
+        self, a: Tensor, b: Tensor, found: I64, also: NDArray[np.bool_], asked: Any, step: int, block: int
+    ) -> Tensor:
+        """The loss (scalar) of maps A, B (b, d) for documents (b, K), of which `also` (b, K) are right besides the first."""
+        z, s = self.z[torch.from_numpy(found)], self.setting
         if s.loss == "infonce":
             u = self.frozen.direction * a
+            excluded = torch.from_numpy(also).to(self.z.device)
             return losses.info_nce(torch.einsum("nkd,nd->nk", z, u), excluded)
         teacher = self.targets.take(asked).to(self.z.device).view(*found.shape, -1)
         if s.loss != "jepa":
@@ -184,7 +190,7 @@ class StudentLearner:
             self.setting.kl
         ](student, teacher)
 
-    def _ask(self, step: int, block: int) -> tuple[I64, I64, np.ndarray, Any]:
+    def _ask(self, step: int, block: int) -> tuple[I64, I64, NDArray[np.bool_], Any]:
         rows = self.examples.queries(self.seeds, step, block, -(-self.setting.batch // BLOCKS))
         found, also = self.examples.groups(self.seeds, step, block, rows, self.others, self._own())
         asked = None if self.setting.loss == "infonce" else self.targets.ask(_pairs(rows, found))

@@ -30,8 +30,9 @@ QUESTION = (
     "\nAnswer:"
 )
 TRUE, FALSE = "T", "F"
-IMITATION = re.compile(r"(?i)\bchoose\s*:?\s*[\"'<(\[]*\s*(?-i:[TF])\b\s*[\"'>)\]]*|<\s*/?\s*[TFtf]\s*>")
-"""`<T>`, `<F>`, `choose T`, `choose <F>` and the like, in a text that is to be judged."""
+IMITATION = re.compile(r"(?i)\b(choose|answer)\s*:?\s*[\"'<(\[]*\s*[TF]\b\s*[\"'>)\]]*|<\s*/?\s*[TF]\s*>")
+"""`<T>`, `choose T`, `Choose <f>`, `Answer: T` and the like in a text that is to be judged; small letters, too, because
+tokenizers without capitals read them alike."""
 
 
 def plain(text: str) -> str:
@@ -40,7 +41,7 @@ def plain(text: str) -> str:
     It repeats until nothing is found, so that nested marks cannot be put together by the removal itself.
     """
     while True:
-        cleaned = IMITATION.sub(lambda found: "choose " if found[0][0] in "cC" else " ", text)
+        cleaned = IMITATION.sub(lambda found: f"{found[1] or ''} ", text)
         if cleaned == text:
             return " ".join(cleaned.split())
         text = cleaned

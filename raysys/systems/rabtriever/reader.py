@@ -64,10 +64,16 @@ class BridgeReader:
     def _newest(self, text: str) -> str:
         """The last words of a text that fit."""
         room = self.encoders["query"].max_length - 2
-        if len(text) <= room:  # a token has at least one letter
+        if len(text.encode()) <= room:  # a token has at least one byte
             return text
         told = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text if len(told) <= room else text[told[-room][0] :]
+        if len(told) <= room:
+            return text
+        kept = text[told[-room][0] :]
+        whole = (
+            kept if text[told[-room][0] - 1].isspace() else kept.partition(" ")[2]
+        )  # a cut word might take more tokens
+        return whole or kept
 
     def _part(self, kind: str, texts: list[str]) -> Part:
         encoder, scale = self.encoders[kind], self.unit**0.5
@@ -105,7 +111,7 @@ def make_reader(setting: TeacherSetting, device: str = "cpu") -> Reader:
     source = find_model(setting.model)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises anything here; the tokenizers library a bare Exception
         raise ValueError(
             f"model: got {setting.model!r}; its tokenizer cannot be loaded ({str(error)[:200]})"
         ) from error
@@ -125,7 +131,7 @@ def make_backbone(setting: TeacherSetting, reader: Reader, seed: int, device: st
     """A fresh backbone: the bridge with weights drawn from the seed, or the pretrained language model.
 
     Raises:
-        ValueError: the model cannot be loaded, or has no safetensors weights.
+        ValueError: the model cannot be loaded whole from safetensors, has too few positions, or is not causal.
     """
     if isinstance(reader, BridgeReader):
         window = {"pooled": 1, "chunks": setting.chunks, "tokens": reader.encoders["document"].max_length}[
@@ -140,11 +146,23 @@ def make_backbone(setting: TeacherSetting, reader: Reader, seed: int, device: st
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            find_model(setting.model), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            find_model(setting.model), trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # as above
         raise ValueError(f"model: got {setting.model!r}; it cannot be loaded ({str(error)[:200]})") from error
+    if lacking := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"model: got {setting.model!r}; its file lacks {len(lacking)} weights, the first is {lacking[0]}"
+        )
+    most, asked = getattr(model.config, "max_position_embeddings", None), setting.max_document + setting.max_query
+    if most is not None and asked > most:
+        raise ValueError(
+            f"max_query: got {setting.max_query} after {setting.max_document} tokens of the document;"
+            f" {setting.model} has {most} positions"
+        )
+    refuse_two_way(TokenBackbone(model, reader.prompt.label_ids, setting.max_document), setting.model)
     if setting.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -155,3 +173,27 @@ def make_backbone(setting: TeacherSetting, reader: Reader, seed: int, device: st
             torch.manual_seed(seed)
             model = get_peft_model(model, lora).get_base_model()
     return TokenBackbone(model, reader.prompt.label_ids, setting.max_document).to(device)
+
+
+def refuse_two_way(backbone: Backbone, name: str) -> None:
+    """Raise ValueError for a model that looks ahead: a document's states would change with the query behind it."""
+    first, *tails = 0, *backbone.labels
+    two = Part(torch.tensor([[first, tail] for tail in tails]), torch.tensor([2, 2]))
+    with torch.inference_mode():
+        here, there = backbone.read(two).states[:, 0].float()
+    if not torch.allclose(here, there, atol=1e-4, rtol=1e-3):
+        raise ValueError(f"model: got {name!r}, which reads both ways; expected a causal language model")
+
+
+def merged(backbone: Backbone) -> Backbone:
+    """The backbone with LoRA factors added into the weights that they belong to (in place); one without any as it is."""
+    if not any(".lora_" in name for name in backbone.state_dict()):
+        return backbone
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            owner, _, last = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), last, layer.get_base_layer())
+    return backbone

@@ -36,7 +36,7 @@ class TeacherSetting(Config):
     objective: Literal["sft", "sft+dpo"] = "sft"
     """sft: cross-entropy on the answer [P: the paper's teacher]; sft+dpo: then preferences T over F and F over T (LaHoRe-DPO)."""
     dpo_steps: int = Field(100, ge=1)
-    """Steps of the second stage."""
+    """Steps of the second stage; its step size is a tenth of --lr."""
     dpo_beta: float = Field(0.1, gt=0)
     """Strength beta of the second stage."""
     steps: int = Field(400, ge=1)
@@ -49,6 +49,16 @@ class TeacherSetting(Config):
     """Peak step size: warm-up over a tenth of the steps, then cosine. A pretrained language model wants 1e-6 [P] to 1e-5."""
     auxiliary: float = Field(0.5, ge=0)
     """Weight of the loss that keeps document states informative (bridge: back to the own vector; language model: next token)."""
+
+    @model_validator(mode="after")
+    def _fits_the_bridge(self) -> Self:
+        if self.model == "bridge" and self.lora_rank:
+            raise ValueError(
+                f"lora_rank: got {self.lora_rank} with model bridge, all of whose weights are trained; give 0"
+            )
+        if self.model == "bridge" and self.width % 8:
+            raise ValueError(f"width: got {self.width}; four heads with rotary positions need a multiple of 8")
+        return self
 
 
 class StudentSetting(Config):

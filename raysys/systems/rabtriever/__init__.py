@@ -1,1 +1,1 @@
-"""Rationale-based retrieval: a generative reranker distilled on-policy into an exact inner-product retriever (arXiv 2604.23336)."""
+"""Rationale-based retrieval (arXiv 2604.23336): a generative reranker distilled into an exact inner-product retriever."""

@@ -38,7 +38,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Kind = Literal["flat", "hnsw"]
 FORMAT, MANIFEST, GRAPH = 1, "manifest.json", "graph.faiss"
-EF, SPARE = 256, 16
+EF, SPARE = 512, 16
 ROUNDING = 2.0**-17
 """Of |u| |z|: far more than a float32 product of a few thousand numbers is off by."""
 TILE = 1 << 22

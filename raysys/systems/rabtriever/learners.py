@@ -29,6 +29,7 @@ from raysys.systems.rabtriever.setting import StudentSetting, TeacherSetting, co
 from raysys.systems.rabtriever.targets import Targets
 
 BLOCKS = 4
+"""Of the teacher's steps; a student's have half as many, being smaller."""
 SAMPLE = 256
 """Queries on which the variance of the teacher's states is estimated."""
 
@@ -106,7 +107,7 @@ class Frozen:
 class StudentLearner:
     """Distil the teacher into a predictor, or train the same predictor on labels alone (loss infonce: the control)."""
 
-    blocks = BLOCKS
+    blocks = BLOCKS // 2
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class StudentLearner:
         ](student, teacher)
 
     def _ask(self, step: int, block: int) -> tuple[I64, I64, NDArray[np.bool_], Any]:
-        rows = self.examples.queries(self.seeds, step, block, -(-self.setting.batch // BLOCKS))
+        rows = self.examples.queries(self.seeds, step, block, -(-self.setting.batch // self.blocks))
         found, also = self.examples.groups(self.seeds, step, block, rows, self.others, self._own())
         asked = None if self.setting.loss == "infonce" else self.targets.ask(_pairs(rows, found))
         return rows, found, also, asked

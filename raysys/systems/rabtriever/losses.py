@@ -30,9 +30,8 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 def jensen_shannon(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     """Generalised JSD of GKD (arXiv 2306.13649): beta KL(P_T || M) + (1 - beta) KL(P_S || M), M = beta P_T + (1 - beta) P_S."""
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    middle = torch.logsumexp(
-        torch.stack([log_t + torch.log(torch.tensor(beta)), log_s + torch.log(torch.tensor(1 - beta))]), 0
-    )
+    share = log_t.new_tensor([beta, 1 - beta]).log()
+    middle = torch.logaddexp(log_t + share[0], log_s + share[1])
     from_t = (log_t.exp() * (log_t - middle)).sum(-1).mean()
     from_s = (log_s.exp() * (log_s - middle)).sum(-1).mean()
     return beta * from_t + (1 - beta) * from_s

@@ -71,19 +71,44 @@ class Kept:
 
 
 class LocalTargets:
-    """A teacher in this process."""
+    """A teacher in this process.
 
-    def __init__(self, reranker: Reranker, documents: Part, queries: Part) -> None:
+    Args:
+        mine: rows of the documents that it will be asked about; all of them unless given. Their keys and values are kept as
+            far as MOST_KEPT bytes allow; documents beyond that are read again with each query.
+    """
+
+    MOST_KEPT = 1 << 30
+
+    def __init__(self, reranker: Reranker, documents: Part, queries: Part, mine: I64 | None = None) -> None:
         self.reranker, self.documents, self.queries = reranker, documents, queries
-        self.prefix = reranker.keep(documents)
+        mine = np.arange(len(documents.length)) if mine is None else mine
+        one = reranker.keep(documents.pick(torch.from_numpy(mine[:1])))
+        cost = sum(k.nbytes + v.nbytes for k, v in one.layers) // max(1, int(documents.length[mine[0]]))
+        affordable = np.cumsum(documents.length.numpy()[mine].max() * np.full(len(mine), cost)) <= self.MOST_KEPT
+        held = mine[affordable]
+        self.slot = np.full(len(documents.length), -1, dtype=np.int64)
+        self.slot[held] = np.arange(len(held))
+        self.prefix = reranker.keep(documents.pick(torch.from_numpy(held))) if len(held) else None
         self.kept = Kept(len(queries.length), len(documents.length), reranker.backbone.width)
+        self.read = 0
 
     def ask(self, pairs: I64) -> I64:
         return pairs
 
     def take(self, asked: I64) -> Tensor:
         missing = self.kept.missing(asked)
-        fresh = self.reranker.states(self.documents, self.queries, missing, self.prefix)
+        fresh = self._states(missing)
+        self.read += len(missing)
         out = self.kept.gather(asked, missing, fresh)
         self.kept.add(missing, fresh)
+        return out
+
+    def _states(self, pairs: I64) -> Tensor:
+        slot = self.slot[pairs[:, 1]]
+        out = torch.empty(len(pairs), self.reranker.backbone.width)
+        for rows, prefix in ((np.flatnonzero(slot >= 0), self.prefix), (np.flatnonzero(slot < 0), None)):
+            if len(rows):
+                chosen = pairs[rows] if prefix is None else np.stack([pairs[rows, 0], slot[rows]], 1)
+                out[torch.from_numpy(rows)] = self.reranker.states(self.documents, self.queries, chosen, prefix)
         return out

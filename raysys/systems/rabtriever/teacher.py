@@ -6,7 +6,7 @@ Shapes: n prompts, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 from raysys.systems.rabtriever.backbone import Backbone, Part, Prefix
 
 I64 = NDArray[np.int64]
+FEWEST = 16
+"""Rows of a batch at least; matrix products of fewer rows go through other kernels and differ in the last bit."""
 Score = Literal["log_odds", "paper_eq9"]
 
 
@@ -28,8 +30,8 @@ def log_odds(logits: Tensor, labels: tuple[int, int]) -> Tensor:
 def paper_eq9(logits: Tensor, labels: tuple[int, int]) -> Tensor:
     """The paper's Eq. 9 to the letter: log P(T) / (log P(T) + log P(F)), softmax over all of V [P].
 
-    Its orientation is wrong: both logarithms are negative, so the ratio *falls* as P(T) grows (P(T) = .9 gives .044, P(T) = .1 gives
-    .956), and sorting by it puts the best document last. Kept to be measured; every other part of this system uses `log_odds`.
+    Its orientation is wrong: both logarithms are negative, so the ratio *falls* as P(T) grows (.044 at P(T) = .9, .956
+    at P(T) = .1), and sorting by it puts the best document last. Kept to be measured; everything else uses `log_odds`.
     """
     log_p = logits.float().log_softmax(-1)
     true, false = log_p[..., labels[0]], log_p[..., labels[1]]
@@ -50,19 +52,17 @@ class Reranker:
     @torch.inference_mode()
     def documents(self, part: Part) -> Tensor:
         """e_D[-1] (n, d), float32."""
-        return self._map(part, lambda one: self.backbone.read(one).last)
+        return self._map(part, lambda one: self.backbone.read(one).last, self.backbone.window)
 
     @torch.inference_mode()
     def queries(self, part: Part) -> Tensor:
         """e_Q: answer states (n, d) of queries that see no document, float32."""
         return self._map(part, self.backbone.answer)
 
-    def _map(self, part: Part, read) -> Tensor:  # type: ignore[no-untyped-def]
-        """Read a part in batches of like length; the order is the given one."""
-        order = part.length.argsort(stable=True)
-        out = torch.empty(len(order), self.backbone.width)
-        for rows in order.split(self.batch):
-            out[rows] = read(self._here(part.pick(rows))).float().cpu()
+    def _map(self, part: Part, read: Callable[[Part], Tensor], most: int | None = None) -> Tensor:
+        out = torch.empty(len(part.length), self.backbone.width)
+        for place, rows, (width,) in like_lengths([(part, np.arange(len(out)))], [most], self.batch):
+            out[place] = read(self._here(part.pick(rows, width)))[: len(place)].float().cpu()
         return out
 
     def _here(self, part: Part) -> Part:
@@ -70,31 +70,41 @@ class Reranker:
 
     @torch.inference_mode()
     def keep(self, documents: Part) -> Prefix:
-        """Read documents once and keep their keys and values: for small pools, or those at hand."""
-        return self.backbone.read(self._here(documents), keep=True)
+        """Read documents once and keep their keys and values, in the whole window: for small pools, or those at hand."""
+        whole = documents.pick(torch.arange(len(documents.length)), self.backbone.window)
+        parts = [
+            self.backbone.read(self._here(whole.pick(rows)), keep=True) for rows in _at_least(whole.length, self.batch)
+        ]
+        n = len(whole.length)
+        keys, values = (
+            [torch.cat([p.layers[number][side] for p in parts])[:n] for number in range(len(parts[0].layers))]
+            for side in (0, 1)
+        )
+        layers = list(zip(keys, values, strict=True))
+        return Prefix(layers, torch.cat([p.mask for p in parts])[:n], torch.cat([p.states for p in parts])[:n])
 
     @torch.inference_mode()
     def states(self, documents: Part, queries: Part, pairs: I64, prefix: Prefix | None = None) -> Tensor:
         """Answer states (P, d), float32, of pairs (P, 2) of (query, document) rows.
 
-        With `prefix` (all `documents`, kept) only the queries are read; the states are the same up to rounding.
+        With `prefix` (all `documents`, kept) only the queries are read; the states are the same up to rounding. Either way a
+        pair's state has the same bits whatever other pairs are asked for with it.
         """
         out = torch.empty(len(pairs), self.backbone.width)
-        for place, chosen in self._batches(queries, pairs):
-            q = self._here(queries.pick(torch.from_numpy(chosen[:, 0])))
-            at = torch.from_numpy(chosen[:, 1])
+        lengths: list[tuple[Part, I64]] = [(queries, pairs[:, 0])]
+        most: list[int | None] = [None]
+        if prefix is None:
+            lengths.append((documents, pairs[:, 1]))
+            most.append(self.backbone.window)
+        for place, rows, widths in like_lengths(lengths, most, self.batch):
+            chosen = torch.from_numpy(pairs)[rows]
+            q = self._here(queries.pick(chosen[:, 0], widths[0]))
             if prefix is not None:
-                found = self.backbone.answer(q, prefix.pick(at.to(self.backbone.device)))
+                found = self.backbone.answer(q, prefix.pick(chosen[:, 1].to(self.backbone.device)))
             else:
-                found = self.backbone.pairs(self._here(documents.pick(at)), q)
-            out[place] = found.float().cpu()
+                found = self.backbone.pairs(self._here(documents.pick(chosen[:, 1], widths[1])), q)
+            out[place] = found[: len(place)].float().cpu()
         return out
-
-    def _batches(self, queries: Part, pairs: I64) -> Iterator[tuple[Tensor, I64]]:
-        order = queries.length.numpy()[pairs[:, 0]].argsort(kind="stable")
-        for start in range(0, len(pairs), self.batch):
-            rows = order[start : start + self.batch]
-            yield torch.from_numpy(rows), pairs[rows]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -119,6 +129,40 @@ class Reranker:
             for i in range(0, len(grid), rows)
         ]
         return torch.cat(parts).view(n, m).numpy()
+
+
+def like_lengths(
+    parts: Sequence[tuple[Part, I64]], most: Sequence[int | None], batch: int
+) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
+    """Batches of rows whose units are padded alike: (where they stand, rows to read, widths of the parts).
+
+    A width depends on a row's own length only, and a batch has at least FEWEST rows (the last one repeated): then every matrix
+    product of a row runs through the same kernel whatever shares its batch, and its result has the same bits.
+
+    Args:
+        parts: for each part, its texts and the (n,) rows of them. most: largest width of each part, or None.
+    """
+    columns = []
+    for (part, rows), limit in zip(parts, most, strict=True):
+        lengths = part.length[torch.from_numpy(rows)].tolist()
+        columns.append([min(bucket(n), limit) if limit else bucket(n) for n in lengths])
+    keys = np.stack(columns, 1)
+    widths, group = np.unique(keys, axis=0, return_inverse=True)
+    for number, width in enumerate(widths):
+        place = torch.from_numpy(np.flatnonzero(group.reshape(-1) == number))
+        for chosen in _at_least(place, batch):
+            yield place[chosen[0] : chosen[-1] + 1], place[chosen], tuple(int(one) for one in width)
+
+
+def _at_least(values: Tensor, batch: int) -> list[Tensor]:
+    """Positions 0 .. n - 1 in batches; the last position is repeated where there are fewer than FEWEST."""
+    n = len(values)
+    return [torch.arange(i, max(min(i + batch, n), i + FEWEST)).clamp_max(n - 1) for i in range(0, n, batch)]
+
+
+def bucket(length: int) -> int:
+    """Units that a text is padded to: 1, 2, 4, 8, then multiples of 16."""
+    return 1 << (length - 1).bit_length() if length <= 8 else -(-length // 16) * 16
 
 
 def digest(backbone: Backbone) -> str:

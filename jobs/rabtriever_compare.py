@@ -1,0 +1,119 @@
+"""Student, teacher, ablations, controls and baselines on one data set: paired seeds, each unit a Ray task."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from jobs.cli import ClusterJob
+from raysys.runtime.pool import run_stages
+from raysys.runtime.run import Run
+from raysys.runtime.session import Session
+from raysys.runtime.train import TrainConfig as Spread
+from raysys.runtime.train import fit_here
+from raysys.systems.rabtriever import claims, figures
+from raysys.systems.rabtriever.contest import METHODS, contest, examine
+from raysys.systems.rabtriever.learners import TeacherLearner
+from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged
+from raysys.systems.rabtriever.setting import Setting
+from raysys.systems.rabtriever.task import load_data, make_problem
+
+
+class CompareConfig(ClusterJob, Setting):
+    """All methods on one data set; each seed draws its own weights and batches and, of a generated task, its own data."""
+
+    methods: list[str] = Field(list(METHODS), min_length=1)
+    """What is compared; student and teacher must be among them."""
+    shortlist: int = Field(0, ge=0)
+    """The teacher scores only so many of each test query's best documents by the frozen encoder; 0 means all documents."""
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> Self:
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods: got {method!r}; allowed are {', '.join(METHODS)}")
+        if not {"student", "teacher"} <= set(self.methods) or len(set(self.methods)) < len(self.methods):
+            raise ValueError(
+                f"methods: got {', '.join(self.methods)}; student and teacher must be there, each method once"
+            )
+        return self
+
+    def check(self) -> None:
+        load_data(self, self.seed)
+        make_reader(self.teacher)
+
+
+def compare(config: CompareConfig, run: Run, session: Session) -> None:
+    """Run every seed, then tables, figures and claims."""
+    setting = Setting.of({name: getattr(config, name) for name in Setting.model_fields})
+    seeds = range(config.seed, config.seed + config.seeds)
+    name = f"compare/{config.data}"
+    units = {f"{name}/seed{s}": (run_seed, (setting, s, list(config.methods), config.shortlist)) for s in seeds}
+    results = list(run_stages(run, session, units, f"compare on {config.data}").values())
+    report(config, run, results)
+
+
+def run_seed(setting: Setting, seed: int, methods: list[str], shortlist: int) -> dict[str, Any]:
+    """One seed in this process: teacher, then every method."""
+    torch.set_num_threads(1)
+    reader = make_reader(setting.teacher)
+    problem = make_problem(setting, seed, reader)
+    fit = partial(fit_here, None, config=Spread())
+    state = None
+    for preferences in (False, True) if setting.teacher.objective == "sft+dpo" else (False,):
+        backbone = make_backbone(setting.teacher, reader, seed)
+        if state is not None:
+            backbone.load_state_dict(state, strict=False)
+        learner = TeacherLearner(
+            setting.teacher, backbone, problem.examples, problem.documents, problem.train, seed, preferences=preferences
+        )
+        state = fit(lambda device, made=learner: made)  # type: ignore[misc]
+    trained = examine(merged(backbone), problem, shortlist)
+    return contest(setting, seed, trained, methods, fit)
+
+
+def report(config: CompareConfig, run: Run, results: list[dict[str, Any]]) -> None:
+    """Tables with intervals over seeds, the student's paired gains, figures, claims."""
+    first = results[0]
+    lines = []
+    for method in config.methods:
+        line: dict[str, Any] = {"method": method}
+        for label, metric, part in claims.COLUMNS:
+            found = claims.interval(results, method, metric, part)
+            if found is not None:
+                run.row(metric, found, method=method, data=config.data, queries=part)
+                line[label] = claims.percent(found)
+        if method != "student":
+            gain = claims.gain(results, method, "recall@1")
+            if gain is not None:
+                run.row("student's gain in recall@1", gain, method=method, data=config.data, queries="all")
+                line["student's gain in R@1"] = claims.percent(gain, signed=True)
+        line["CPU s"] = f"{sum(r['cpu_s'][method] for r in results) / len(results):.1f}"
+        lines.append(line)
+    pool = f"{first['documents']} documents, {first['withheld']} of them withheld from training, hidden size {first['width']}"
+    run.grid(
+        f"{config.data}: {first['queries']} test queries over {pool}; %, [95 % t interval over {len(results)} seeds]"
+        + (f"; teacher reads the encoder's best {config.shortlist}" if config.shortlist else ""),
+        lines,
+    )
+    shown = [
+        {"method": method} | {label: f"{claims.mean_of(results, method, key):.3f}" for label, key in claims.FIDELITY}
+        for method in config.methods if method in first["fidelity"]
+    ]  # fmt: skip
+    run.grid(
+        f"{config.data}: how well students meet their teacher (energy: MSE of states over their variance, known pairs)",
+        shown,
+    )
+    if first["note"]:
+        run.event("data", source=config.data, reason=first["note"])
+    plain = "".join(c if c.isalnum() else "-" for c in config.data.rpartition("/")[2]).strip("-")
+    run.figure(
+        f"recall-{plain}",
+        figures.recall_bars(results, config.methods, f"{config.data}, {first['documents']} documents"),
+    )
+    if len(results) > 1:
+        for claim in claims.compare_claims(results, config.data):
+            run.claim(**claim, figure=f"figures/recall-{plain}.png")

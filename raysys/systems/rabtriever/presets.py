@@ -1,0 +1,38 @@
+"""Settings worth a name: functions that return the values which differ from the defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def paper() -> Values:
+    """The paper's student and schedule on Qwen2-7B (spec 2.2 to 2.4). Give --data; needs GPUs and --train.deepspeed zero3."""
+    teacher: Values = {
+        "model": "Qwen/Qwen2-7B-Instruct", "max_document": 32, "max_query": 4064, "batch": 16, "negatives": 0, "lr": 1e-6,
+        "auxiliary": 0.0,
+    }  # fmt: skip
+    student: Values = {
+        "combine": "mul", "additive": False, "standardise": False, "kl_weight": 0.25, "rollout": "all", "hidden": 3584,
+        "batch": 16,
+    }  # fmt: skip
+    return {"teacher": teacher, "student": student, "train": {"bf16": True}}
+
+
+def paper_student() -> Values:
+    """The paper's predictor and loss, w = 0.25, on the embedded teacher."""
+    return {"student": {"additive": False, "standardise": False, "kl_weight": 0.25, "rollout": "all", "batch": 16}}
+
+
+def listwise() -> Values:
+    """Distil the teacher's scores only, as a softmax over the documents of a query."""
+    return {"student": {"loss": "listwise"}}
+
+
+def dpo() -> Values:
+    """LaHoRe-DPO: a second stage of preferences for the teacher."""
+    return {"teacher": {"objective": "sft+dpo"}}
+
+
+PRESETS = {f.__name__: f for f in (paper, paper_student, listwise, dpo)}

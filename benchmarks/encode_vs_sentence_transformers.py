@@ -140,7 +140,7 @@ def main() -> None:
 
     from raysys.nn.pretrained import find_model
 
-    began, repeats = time.monotonic(), 2 if arguments.quick else 5
+    began, repeats = time.monotonic(), 2 if arguments.quick else 3
     sides = {"ours": Worker(sys.executable, "ours"), "peer": Worker(peers_st.python(), "theirs", find_model("minilm"))}
     rows = []
     with tempfile.TemporaryDirectory() as name:

@@ -9,10 +9,10 @@ Notable choices
   tenth, linear decay), `late_interaction` is ColBERT's (Khattab & Zaharia 2020): a vector of 128 per token, sum over the query's
   tokens of the best match. Both train the top layers only, on cached states (raysys.nn.upper), which a CPU can afford.
 - A document that is right for several queries of a batch occurs once, and what is right for a query is no negative of it.
-- The learning rate is above the recipe's 2e-5: one layer and 40 steps have to do. On facts 2e-4 was better still (.998).
+- The learning rate is above the recipe's 2e-5: one layer and 40 steps have to do. On facts 2e-4 was better (.998, batches of 64).
 
-Measured, recall@1 (half of the test queries ask for documents withheld from training, shown in brackets), default budget, 12 to 19
-seconds of one core of a busy machine; rationale with seeds 0 / 1 / 2, facts with seed 0:
+Measured, recall@1 (half of the test queries ask for documents withheld from training, shown in brackets), default budget, 12
+to 19 seconds of one core of a busy machine; rationale with seeds 0 / 1 / 2, facts with seed 0:
 
     data        BM25         frozen cosine         bi_encoder                              late_interaction
     rationale   .005 each    .020 / .005 / .008    .75 / .74 / .75 (.53 / .57 / .53)       .79 / .82 / .80 (.60 / .66 / .61)

@@ -10,8 +10,8 @@ Notable choices
 - Every pair is a pass of the whole body: about 20 ms of one core for 25 tokens, so all of 192 documents take 4 s a query. So it
   ranks a shortlist, as cross-encoders are used: what is not on it gets -inf, which `measure` takes as not retrieved.
 - At the default budget (23 to 29 seconds of one core, scoring of 1,000 pairs included) it has NOT converged. 100 test queries,
-  seed 0, ten documents listed: recall@1 .42 on facts (the list's own first .85), .04 on the rationale task (.79; chance .10), whose
-  training loss hardly moved. So it is no upper reference here; only with many times the steps would it be one.
+  seed 0, ten documents listed: recall@1 .42 on facts (the list's own first .85), .04 on the rationale task (.79; chance .10),
+  whose training loss hardly moved. So it is no upper reference here; more steps were not tried.
 """
 
 from __future__ import annotations

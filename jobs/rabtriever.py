@@ -5,6 +5,7 @@ python -m jobs.rabtriever train           teacher, then student; leaves an artif
 python -m jobs.rabtriever compare         student, teacher, ablations and baselines on one data set, paired seeds
 python -m jobs.rabtriever evaluate        a run's artifact on any data set; TREC run files
 python -m jobs.rabtriever index           an index of a corpus for serve.retriever, with Ray Data
+python -m jobs.rabtriever robot           success in SkillRetrieval-v0, where an instruction is met by retrieving skills
 python -m jobs.rabtriever bench           online cost against document length and pool size, with the FLOPs of it
 python -m jobs.rabtriever sweep           w, layers, step size, rollout (or any field) with Ray Tune
 """
@@ -24,6 +25,7 @@ from actors.teacher import Teachers
 from jobs.cli import ClusterJob, start
 from jobs.rabtriever_compare import CompareConfig, compare
 from jobs.rabtriever_index import IndexConfig, build_index
+from jobs.rabtriever_robot import RobotConfig, robot
 from jobs.rabtriever_studies import STUDIES
 from raysys.runtime.progress import Progress
 from raysys.runtime.run import Run
@@ -252,6 +254,7 @@ def main() -> None:
         "train": (TrainConfig, train),
         "compare": (CompareConfig, compare),
         "index": (IndexConfig, build_index),
+        "robot": (RobotConfig, robot),
         **STUDIES,
     }
     start("rabtriever", commands, default="demo", description=__doc__ or "")

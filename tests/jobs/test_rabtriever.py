@@ -39,6 +39,7 @@ REFUSED = {
     "evaluate without a run": ["evaluate"],
     "evaluate what is no run": ["evaluate", "--run", "/nowhere"],
     "index without a run": ["index"],
+    "robot without a run": ["robot"],
     "unknown metric": ["sweep", "--metric", "accuracy"],
     "unknown field of a sweep": ["sweep", "--space", "student.weight=1,2"],
 }
@@ -150,6 +151,18 @@ def test_the_cost_study_says_that_the_student_does_not_read_documents(
     assert operations["student", 8] == operations["student", 64]
     assert operations["teacher", 8] < operations["teacher", 64]
     assert (run / "figures" / "cost.png").exists()
+
+
+def test_a_robot_plays_errands_with_every_retriever(
+    trained: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    words = ["robot", "--run", str(trained), "--episodes", "3", "--no-wandb", "--out", str(tmp_path)]
+    code, told = call(words, monkeypatch, capsys)
+    assert code == 0, told.err
+    (run,) = tmp_path.glob("rabtriever-robot-*")
+    rows = json.loads((run / "summary.json").read_text())["table"]
+    assert {row["method"] for row in rows} == {"student", "teacher", "dense", "bm25", "random"}
+    assert all(0 <= row["mean"] <= 1 for row in rows)
 
 
 @pytest.mark.slow

@@ -48,6 +48,10 @@ bench: .venv/.installed  ## measure against the peers; figures in docs/benchmark
 	$(BIN)/python benchmarks/grouped_vs_peft.py --json $(RESULTS)/grouped_vs_peft.json
 	$(BIN)/python benchmarks/tad_lora_vs_flower.py --json $(RESULTS)/tad_lora_vs_flower.json
 	$(BIN)/python benchmarks/adapters_vs_peft.py --json $(RESULTS)/adapters_vs_peft.json
+	$(BIN)/python benchmarks/rabtriever_latency.py --json $(RESULTS)/rabtriever_latency.json
+	$(BIN)/python benchmarks/encode_vs_sentence_transformers.py --json $(RESULTS)/encode_vs_sentence_transformers.json
+	$(BIN)/python benchmarks/index_vs_faiss.py --json $(RESULTS)/index_vs_faiss.json
+	$(BIN)/python benchmarks/search_vs_fastapi.py --json $(RESULTS)/search_vs_fastapi.json
 
 cluster-test: .venv/.installed  ## a real `ray up`, `ray job submit` and `ray down` against a throwaway sshd
 	$(BIN)/python -m pytest tests/cluster -v

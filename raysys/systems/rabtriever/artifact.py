@@ -217,7 +217,7 @@ class Retriever:
         """u (n, d) and c (n,): the log-odds of a document with vector z are <u, z> + c.
 
         Raises:
-            ValueError: a text is empty.
+            ValueError: a text is empty, or there is none.
         """
         states = self.teacher.queries(self.reader.queries(texts))
         with torch.inference_mode():
@@ -228,12 +228,16 @@ class Retriever:
         """z (n, d): the teacher's state after each document, as an index stores it.
 
         Raises:
-            ValueError: a text is empty.
+            ValueError: a text is empty, or there is none.
         """
         return self.teacher.documents(self.reader.documents(texts)).numpy()
 
     def rerank(self, query: str, documents: Sequence[str]) -> F32:
-        """The teacher's log-odds (n,) of documents for a query, each read together with it."""
+        """The teacher's log-odds (n,) of documents for a query, each read together with it.
+
+        Raises:
+            ValueError: a text is empty, or there is no document.
+        """
         part, asked = self.reader.documents(documents), self.reader.queries([query])
         pairs = np.stack([np.zeros(len(documents), np.int64), np.arange(len(documents))], 1)
         return self.teacher.scores(self.teacher.states(part, asked, pairs)).numpy()

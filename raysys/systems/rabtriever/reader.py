@@ -32,10 +32,10 @@ class TokenReader:
         self.prompt = prompt
 
     def documents(self, texts: Sequence[str]) -> Part:
-        return stack_parts([torch.tensor(ids) for ids in self.prompt.documents(texts)])
+        return stack_parts([torch.tensor(ids) for ids in self.prompt.documents(_some(texts))])
 
     def queries(self, texts: Sequence[str]) -> Part:
-        return stack_parts([torch.tensor(ids) for ids in self.prompt.queries(texts)])
+        return stack_parts([torch.tensor(ids) for ids in self.prompt.queries(_some(texts))])
 
 
 class BridgeReader:
@@ -56,10 +56,10 @@ class BridgeReader:
         self.unit = base.width
 
     def documents(self, texts: Sequence[str]) -> Part:
-        return self._part("document", [_given("document", i, text) for i, text in enumerate(texts)])
+        return self._part("document", [_given("document", i, text) for i, text in enumerate(_some(texts))])
 
     def queries(self, texts: Sequence[str]) -> Part:
-        return self._part("query", [self._newest(_given("query", i, text)) for i, text in enumerate(texts)])
+        return self._part("query", [self._newest(_given("query", i, text)) for i, text in enumerate(_some(texts))])
 
     def _newest(self, text: str) -> str:
         """The last words of a text that fit."""
@@ -89,6 +89,12 @@ class BridgeReader:
 def chunk_means(states: Tensor, chunks: int) -> Tensor:
     """(min(L, chunks), e): means over spans of equal length of (L, e)."""
     return torch.stack([one.mean(0) for one in states.tensor_split(min(chunks, len(states)))])
+
+
+def _some(texts: Sequence[str]) -> Sequence[str]:
+    if not texts:
+        raise ValueError("texts: got none; expected at least one")
+    return texts
 
 
 def _given(kind: str, position: int, text: str) -> str:

@@ -122,12 +122,12 @@ class Reranker:
     ) -> NDArray[np.float32]:
         """Scores (n, m) of all queries with all documents."""
         n, m = len(queries.length), len(documents.length)
-        grid = np.stack(np.meshgrid(np.arange(n), np.arange(m), indexing="ij"), -1).reshape(-1, 2)
-        rows = max(1, 65_536 // m) * m  # states of a slab only are in memory
-        parts = [
-            self.scores(self.states(documents, queries, grid[i : i + rows], prefix), how)
-            for i in range(0, len(grid), rows)
-        ]
+        rows = max(1, 65_536 // m)  # queries of a slab: only its states are in memory
+        parts = []
+        for start in range(0, n, rows):
+            chosen = np.arange(start, min(n, start + rows))
+            pairs = np.stack([np.repeat(chosen, m), np.tile(np.arange(m), len(chosen))], 1)
+            parts.append(self.scores(self.states(documents, queries, pairs, prefix), how))
         return torch.cat(parts).view(n, m).numpy()
 
 

@@ -115,7 +115,7 @@ def retrieval(answers: np.ndarray, test: np.ndarray, m: int, unseen: tuple[int, 
     )  # fmt: skip
 
 
-def rule_task(m: int = 12, train: int = 96, test: int = 48, noise: float = 0.1) -> Problem:
+def rule_task(m: int = 12, train: int = 240, test: int = 48, noise: float = 0.1) -> Problem:
     """Document j is a random vector, a query a noisy copy of another document's vector: the rule j -> j + 1 must be learned."""
     drawn = torch.Generator().manual_seed(0)
     documents = torch.randn(m, UNIT, generator=drawn)

@@ -109,6 +109,9 @@ def test_a_loaded_retriever_gives_the_vectors_and_scores_of_the_one_that_was_sav
     assert found.prompt("q", "d <T>").startswith("Document: d\nQuery: q\nCan Query")
     with pytest.raises(ValueError, match="query: number 1 is empty"):
         found.queries(["fine", " "])
+    for ask in (found.queries, found.documents, lambda texts: found.rerank("fine", texts)):
+        with pytest.raises(ValueError, match="texts: got none"):
+            ask([])
 
 
 def test_loading_changes_no_weight_and_trains_nothing(bridge_run: Path) -> None:  # (4)
@@ -247,7 +250,7 @@ def test_only_lora_factors_train_and_merged_they_give_the_same_scores_as_a_plain
     reader = make_reader(setting)
     plain = make_backbone(setting.with_values({"lora_rank": 0}), reader, 0)
     documents = reader.documents([f"choose the {'pier' if i % 2 else 'dock'} {i}" for i in range(12)])
-    queries = reader.queries([f"what now? {i}" for i in range(96)])
+    queries = reader.queries([f"what now? {i}" for i in range(240)])
 
     def make(device: str) -> TeacherLearner:
         return TeacherLearner(setting, make_backbone(setting, reader, 0), rule.examples, documents, queries, 0)
@@ -278,7 +281,7 @@ def test_the_reference_of_preferences_has_frozen_factors(model_folder: Callable[
         {"lora_rank": 2, "dpo_steps": 2, "batch": 4, "negatives": 2}
     )
     reader = make_reader(setting)
-    documents, queries = reader.documents(DOCUMENTS * 3), reader.queries(QUERIES * 32)
+    documents, queries = reader.documents(DOCUMENTS * 3), reader.queries(QUERIES * 80)
     learner = TeacherLearner(
         setting, make_backbone(setting, reader, 0), rule.examples, documents, queries, 0, preferences=True
     )

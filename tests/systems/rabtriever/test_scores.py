@@ -145,3 +145,12 @@ def test_a_part_picked_by_rows_is_cut_to_its_longest() -> None:
     picked = part.pick(torch.tensor([2, 1]))
     assert picked.units.tolist() == [[8, 9], [4, 5]]
     assert picked.length.tolist() == [1, 2]
+
+
+def test_equal_documents_have_equal_scores_to_the_last_bit(case: Any) -> None:
+    twice = case.documents.pick(torch.tensor([0, 1, 2, 0, 3, 1]))
+    reranker = Reranker(case.backbone)
+    scores = reranker.matrix(twice, case.queries)
+    assert np.array_equal(scores[:, [0, 1]], scores[:, [3, 5]])
+    stored = reranker.documents(twice)
+    assert torch.equal(stored[[0, 1]], stored[[3, 5]])

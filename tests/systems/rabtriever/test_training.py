@@ -29,8 +29,11 @@ from raysys.systems.rabtriever.targets import LocalTargets
 from raysys.systems.rabtriever.task import Problem, energies, freeze, student_scores
 from raysys.systems.rabtriever.teacher import Reranker, digest
 
-TEACHER = TeacherSetting(width=16, layers=1, steps=180, batch=32, negatives=5, lr=1e-2)
-STUDENT = StudentSetting(hidden=32, steps=200, batch=32, group=6, top=4, refresh=30, lr=1e-2, rollout="onpolicy")
+TEACHER = TeacherSetting(width=16, layers=1, steps=180, batch=32, negatives=5, lr=1e-2, auxiliary=2.0)
+STUDENT = StudentSetting(
+    combine="mul", hidden=32, kl="reverse", kl_weight=4.0, rollout="onpolicy", steps=200, batch=32, group=6, top=4, refresh=30,
+    lr=1e-2,
+)  # fmt: skip
 ONCE = TrainConfig()
 
 
@@ -98,7 +101,7 @@ def test_a_small_teacher_learns_the_rule_and_its_student_recovers_it(trained: Tr
     assert digest(trained.reranker.backbone) == before  # (4)
     assert all(p.grad is None for p in trained.reranker.backbone.parameters())
     student = recall(student_scores(predictor, trained.frozen, trained.reranker.queries(problem.test)), problem)
-    assert student >= 0.9 * teacher
+    assert student >= 0.85 * teacher
     assert energy_of(predictor, trained)["oracle"] <= energy_of(predictor, trained)["energy"]  # (14)
 
 
@@ -115,7 +118,7 @@ def test_a_student_of_states_alone_comes_near_the_closed_form_and_never_below_it
 
 @pytest.mark.parametrize("changes", [
     {"loss": "infonce"}, {"loss": "listwise"}, {"loss": "margin_mse"}, {"kl": "forward"}, {"kl": "jsd", "rollout": "all"},
-    {"combine": "gated"}, {"match": "contrastive", "rollout": "random"}, {"kl_samples": 4},
+    {"combine": "film"}, {"match": "contrastive", "rollout": "random"}, {"kl_samples": 4},
 ])  # fmt: skip
 def test_every_loss_and_rollout_learns_more_than_chance(trained: Trained, changes: dict[str, Any]) -> None:
     setting = STUDENT.with_values({"steps": 60, **changes})
@@ -187,7 +190,7 @@ def test_a_training_that_is_resumed_in_the_middle_of_two_searches_ends_with_the_
         fit_here(run.stage("stopped"), partial(stops_at, make, 9), config, log_every=1)
     assert same(fit_here(run.stage("stopped"), make, config, log_every=1), whole)
     if kind == "student":
-        assert whole["own"].shape == (96, 4)
+        assert whole["own"].shape == (240, 4)
         no_search = fit_here(None, partial(student_learner, trained, setting.with_values({"refresh": 14})), ONCE)
         assert not same(no_search, whole), "the second search must matter for this test"
 
@@ -315,7 +318,7 @@ def test_a_language_model_learns_answers_and_next_tokens(kind: str, cases: Any, 
     assert isinstance(case.backbone, TokenBackbone)
     setting = TeacherSetting(model=kind, steps=40, batch=8, negatives=2, lr=5e-3, max_document=8)
     documents = stack_parts([torch.tensor([1, 2, 3 + i, 2][: 3 + i % 2]) for i in range(12)])
-    queries = stack_parts([torch.tensor([5, 20 + i % 12, 6]) for i in range(96)])
+    queries = stack_parts([torch.tensor([5, 20 + i % 12, 6]) for i in range(240)])
 
     def make(device: str) -> TeacherLearner:
         return TeacherLearner(setting, copy.deepcopy(case.backbone).train(), rule.examples, documents, queries, 0)
@@ -333,15 +336,31 @@ def test_all_negatives_are_all_other_known_documents(rule: Problem) -> None:
 
 
 def test_a_teacher_learns_with_several_right_documents_per_query(rule: Problem) -> None:
-    relevant = tuple((i % 12, (i + 5) % 12) for i in range(96))
+    relevant = tuple((i % 12, (i + 5) % 12) for i in range(240))
     data = rule.data.train
-    several = type(data)(data.ids, data.texts, tuple(tuple(sorted(r)) for r in relevant), ((1, 1),) * 96, data.itself)
+    several = type(data)(data.ids, data.texts, tuple(tuple(sorted(r)) for r in relevant), ((1, 1),) * 240, data.itself)
     examples = Examples.of(type(rule.data)(**{**rule.data.__dict__, "train": several}))
     learner = TeacherLearner(TEACHER, bridge(rule), examples, rule.documents, rule.train, 0)
     rows = examples.queries(learner.seeds, 0, 0, 8)
     _, also = examples.groups(learner.seeds, 0, 0, rows, 5)
     assert also.any(), "some of the others are right, too"
     assert torch.isfinite(learner.loss(0, 0))
+
+
+def test_a_pool_of_one_document_trains_both(rule: Problem) -> None:
+    queries = type(rule.data.test)(("a", "b"), ("a", "b"), ((0,), (0,)), ((1,), (1,)), np.full(2, -1))
+    data = type(rule.data)("one", "none", ("0",), ("0",), queries, queries, np.array([False]), "real")
+    parts = (part.pick(torch.arange(n)) for part, n in ((rule.documents, 1), (rule.train, 2), (rule.train, 2)))
+    one = Problem(data, Examples.of(data), *parts)
+    teacher = teacher_learner(one, TEACHER, "cpu")
+    assert torch.isfinite(teacher.loss(0, 0))
+    reranker = Reranker(teacher.module)
+    trained = Trained(one, reranker, freeze(reranker, one), LocalTargets(reranker, one.documents, one.train))
+    for rollout in ("all", "random", "onpolicy"):
+        learner = student_learner(trained, STUDENT.with_values({"rollout": rollout}))
+        learner.before(0)
+        assert torch.isfinite(learner.loss(0, 0))
+    assert student_scores(learner.module, trained.frozen, trained.frozen.queries).shape == (2, 1)
 
 
 def test_controls_learn_the_rule_on_the_same_states(trained: Trained) -> None:
@@ -374,4 +393,4 @@ def test_a_checkpoint_of_the_first_steps_holds_an_empty_search(trained: Trained)
         Peers(),
         lambda *_: None,
     )
-    assert found["module/own"].shape == (96, 4)
+    assert found["module/own"].shape == (240, 4)

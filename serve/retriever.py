@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Response
 from fastapi.security import HTTPBearer
 from pydantic import Field
 from ray import serve as ray_serve
@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raysys.runtime.config import Config, command_line, exits
 from raysys.runtime.sentences import UserError
+from raysys.systems.rabtriever.index import EF
 from raysys.systems.rabtriever.versions import Root
 from serve import page
 from serve.batching import Gatherer
@@ -37,7 +38,7 @@ from serve.guard import GuardConfig, guarded_app
 from serve.local import Here, serve_here
 from serve.meters import FrontMeters, Snapshot
 from serve.refusal import Refused
-from serve.search_models import Answers, Documents, Found, Id, Index, Queries, Query, Result, Started, Stored
+from serve.search_models import Answers, Documents, Found, Id, Index, Queries, Query, Result, Started, Stored, written
 from serve.shard import Shard
 
 COLLECT_TIMEOUT_S = 5.0
@@ -60,7 +61,7 @@ class RetrieverConfig(Config):
     """Queries, or documents, in one request at most."""
     max_characters: int = Field(4000, ge=1, le=1_000_000)
     """Characters of a query or document at most."""
-    ef: int = Field(256, ge=1, le=100_000)
+    ef: int = Field(EF, ge=1, le=100_000)
     """Candidates that a search of kind hnsw looks at: more find more of the best, and take longer."""
     reload_s: float = Field(5.0, gt=0, le=86_400)
     """How often to look for a version that was published."""
@@ -105,13 +106,13 @@ class Front:
         locked = [Depends(HTTPBearer(auto_error=False, description="An API key."))] if self.keys else []
         page.add(app, bool(self.keys))
 
-        @app.post("/search", dependencies=locked, summary="Documents for a query")
-        async def search(query: Query) -> Found:
-            return (await self.search([query]))[0]
+        @app.post("/search", dependencies=locked, summary="Documents for a query", response_model=Found)
+        async def search(query: Query) -> Response:
+            return written((await self.search([query]))[0])
 
-        @app.post("/search:batch", dependencies=locked, summary="Documents for several queries")
-        async def search_batch(queries: Queries) -> Answers:
-            return Answers(answers=await self.search(queries.requests))
+        @app.post("/search:batch", dependencies=locked, summary="Documents for several queries", response_model=Answers)
+        async def search_batch(queries: Queries) -> Response:
+            return written(Answers(answers=await self.search(queries.requests)))
 
         @app.post("/documents", dependencies=locked, summary="Add documents, or replace them; durable when answered")
         async def put(documents: Documents) -> Stored:
@@ -167,8 +168,7 @@ class Front:
             prompts = await told(self.encoder.prompts.remote(query.query, hits.texts))
         rows = zip(hits.ids, hits.scores, hits.texts, teacher, prompts, strict=True)
         results = [
-            Result(id=id, score=score, probability=sigmoid(score), text=text, teacher=t, prompt=p)
-            for id, score, text, t, p in rows
+            Result(id=id, score=x, probability=sigmoid(x), text=text, teacher=t, prompt=p) for id, x, text, t, p in rows
         ]
         return sorted(results, key=lambda one: -(one.teacher or 0.0)) if query.rerank else results
 

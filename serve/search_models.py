@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from fastapi import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 
@@ -111,3 +112,8 @@ class Started(BaseModel):
     """A compaction that has begun."""
 
     version: str
+
+
+def written(answer: BaseModel) -> Response:
+    """An answer as JSON, without FastAPI's second validation of it."""
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -51,6 +51,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.positives)
 
+    def spread(self, count: int) -> I64:
+        """At most `count` query rows, evenly over all: published data lie sorted by class."""
+        return spread(len(self), count)
+
     def queries(self, seeds: Seeds, step: int, block: int, count: int) -> I64:
         """(count,) query rows of a block, drawn with replacement."""
         return seeds.integers(Stream.BATCH, block, step, count, len(self))[0]
@@ -89,3 +93,8 @@ class Examples:
         documents = np.concatenate([first[:, None], self.known[picked]], 1)
         also = np.take_along_axis(self.positive[rows], picked, 1)
         return documents, np.concatenate([np.zeros((b, 1), bool), also], 1)
+
+
+def spread(n: int, count: int) -> I64:
+    """At most `count` of n rows, evenly over all."""
+    return np.arange(min(n, count), dtype=np.int64) * n // max(1, min(n, count))

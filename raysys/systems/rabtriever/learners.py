@@ -219,7 +219,7 @@ class StudentLearner:
         self._odds_variance = 1.0
         if s.loss in ("infonce", "listwise", "listwise_reverse") or (s.loss == "jepa" and not s.standardise):
             return torch.ones_like(self.frozen.direction)
-        rows = np.arange(min(SAMPLE, len(self.examples)))
+        rows = self.examples.spread(SAMPLE)
         found, _ = self.examples.groups(self.seeds, -1, 0, rows, min(7, len(self.examples.known) - 1))
         states = self.targets.take(self.targets.ask(_pairs(rows, found))).to(self.z.device)
         self._odds_variance = float((states @ self.frozen.direction).var(correction=0).clamp_min(1e-9))

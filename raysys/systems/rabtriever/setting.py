@@ -84,7 +84,8 @@ class StudentSetting(Config):
     """Direction of the KL of answers: reverse [P], forward, or the symmetric JSD."""
     kl_weight: float = Field(100.0, ge=0)
     """Weight w. The paper says 0.25 in the text and 1/40 in the appendix, for a 7B model's states; here the MSE is in units of
-    the states' variance and most of it cannot be removed (see the closed-form least residual), so w must be larger to be heard."""
+    the states' variance and most of it cannot be removed (see the closed-form least residual), so w must be larger to be
+    heard."""
     kl_samples: int = Field(0, ge=0, le=1024)
     """0: exact KL over the vocabulary; k: the sampled on-policy estimator (reverse only) with k answers per pair."""
     rollout: Literal["all", "random", "onpolicy"] = "random"

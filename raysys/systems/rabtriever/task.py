@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from raysys.data.retrieval import GENERATED, Queries, Retrieval, load_retrieval
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.rabtriever.backbone import Part
-from raysys.systems.rabtriever.examples import Examples
+from raysys.systems.rabtriever.examples import Examples, spread
 from raysys.systems.rabtriever.learners import Frozen
 from raysys.systems.rabtriever.predictor import Predictor, oracle
 from raysys.systems.rabtriever.reader import Reader
@@ -98,9 +98,10 @@ def energies(
 
     `oracle` is the smallest that any map of the predictor's form can reach (closed form, spec 2.6); the trained one lies above.
     """
-    known = problem.examples.known[: 4 * frozen.documents.shape[1]]
+    known = problem.examples.known
+    known = known[spread(len(known), 4 * frozen.documents.shape[1])]
     z = predictor.document(frozen.documents)[torch.from_numpy(known)]
-    rows = np.arange(min(count, len(problem.examples)))
+    rows = problem.examples.spread(count)
     pairs = np.stack([np.repeat(rows, len(known)), np.tile(known, len(rows))], 1)
     states = targets.take(targets.ask(pairs)).view(len(rows), len(known), -1)
     variance = float(states.flatten(0, 1).var(0, correction=0).mean())

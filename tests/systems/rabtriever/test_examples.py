@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raysys.data.retrieval import Queries, Retrieval
 from raysys.runtime.seeds import Seeds
-from raysys.systems.rabtriever.examples import Examples
+from raysys.systems.rabtriever.examples import Examples, spread
 
 relaxed = settings(deadline=None, max_examples=60)
 M, UNSEEN = 11, (2, 7)
@@ -101,3 +101,15 @@ def test_queries_of_a_block_are_drawn_from_all() -> None:
     drawn = np.concatenate([examples.queries(Seeds(0), step, 0, 50) for step in range(8)])
     counts: Any = np.bincount(drawn, minlength=4)
     assert (abs(counts - 100) < 40).all()
+
+
+@relaxed
+@given(st.integers(1, 500), st.integers(1, 300))
+def test_a_sample_of_rows_is_spread_over_all_of_them(n: int, count: int) -> None:
+    rows = spread(n, count)
+    assert len(rows) == min(n, count)
+    assert rows[0] == 0
+    assert (np.diff(rows) >= 1).all()
+    assert n - n / len(rows) - 1 <= rows[-1] < n
+    if n <= count:
+        assert np.array_equal(rows, np.arange(n))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +22,17 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from raysys.runtime.checkpoint import read_state, write_state
 from raysys.runtime.sentences import UserError
 from raysys.runtime.session import Session
 from raysys.runtime.storage import Storage
-from raysys.systems.rabtriever.artifact import load_teacher
+from raysys.systems.rabtriever.artifact import FOLDER, load_teacher
 from raysys.systems.rabtriever.backbone import Part
 from raysys.systems.rabtriever.targets import LocalTargets
 from raysys.systems.rabtriever.teacher import Reranker
 
+PROMPTS = f"{FOLDER}/prompts.safetensors"
+"""The parts of all prompts of a run, for its teachers."""
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
@@ -38,17 +41,19 @@ class Teacher:
     """One frozen reranker in a process of its own.
 
     Args:
-        storage: the run's folder, which holds the teacher.
-        documents, queries: all parts of the prompts; the same objects for every teacher.
+        storage: the run's folder, which holds the teacher and the parts of the prompts.
         mine: rows of the documents that are dealt to this one.
     """
 
-    def __init__(self, storage: Storage, documents: Part, queries: Part, mine: I64, threads: int) -> None:
+    def __init__(self, storage: Storage, mine: I64, threads: int) -> None:
         torch.set_num_threads(threads)
         device = "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
         _, backbone, _ = load_teacher(storage, device)
         self.reranker = Reranker(backbone)
-        self.documents, self.queries, self.mine = documents, queries, mine
+        told, _ = read_state(storage, PROMPTS)
+        self.documents = Part(told["documents"], told["documents.length"])
+        self.queries = Part(told["queries"], told["queries.length"])
+        self.mine = mine
         self.targets: LocalTargets | None = None
         self.pairs = self.seconds = 0.0
 
@@ -84,16 +89,16 @@ class Asked(NamedTuple):
 class Teachers:
     """All teachers of a run, as a source of targets; can be sent to the training workers."""
 
-    def __init__(self, handles: list[Any], home: I64, width: int, given: Sequence[Any]) -> None:
+    def __init__(self, handles: list[Any], home: I64, width: int) -> None:
         self.handles, self.home, self.width = handles, home, width
-        self.given = given  # held, because a teacher that is started again needs them
 
     @classmethod
     def spawn(
         cls, session: Session, storage: Storage, documents: Part, queries: Part, width: int, *, count: int, cpus: float,
         gpus: float,
     ) -> Teachers:  # fmt: skip
-        """Start teachers, each with every count-th document.
+        """Start teachers, each with every count-th document. They read the parts of the prompts from the run's folder, as they
+        read their weights: a teacher that is started again needs nothing of this process.
 
         Raises:
             UserError: the cluster has not enough CPUs or GPUs for them.
@@ -108,10 +113,11 @@ class Teachers:
         home = np.arange(len(documents.length)) % count
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
         actor = ray.remote(Teacher).options(scheduling_strategy="SPREAD", **options)
-        shared = ray.put(documents), ray.put(queries)
+        parts = {"documents": documents.units, "documents.length": documents.length}
+        write_state(storage, PROMPTS, parts | {"queries": queries.units, "queries.length": queries.length})
         threads = max(1, int(cpus))
-        made = [actor.remote(storage, *shared, np.flatnonzero(home == i), threads) for i in range(count)]
-        return cls(made, home, width, shared)
+        made = [actor.remote(storage, np.flatnonzero(home == i), threads) for i in range(count)]
+        return cls(made, home, width)
 
     def document_states(self) -> torch.Tensor:
         """e_D (m, d) of all documents."""

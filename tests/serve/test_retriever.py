@@ -357,6 +357,58 @@ def test_a_killed_shard_loses_no_acknowledged_document_gives_no_wrong_answer_and
     assert Offline(DOCUMENTS).agrees("copper", search(client, "copper", 5), 5)
 
 
+def test_the_real_retriever_is_served_as_it_is_offline(url: str, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from ray import serve
+
+    from raysys.runtime.storage import Storage
+    from raysys.systems.rabtriever.artifact import Retriever, fingerprint, save_student, save_teacher
+    from raysys.systems.rabtriever.predictor import Predictor
+    from raysys.systems.rabtriever.reader import make_backbone, make_reader
+    from raysys.systems.rabtriever.setting import StudentSetting, TeacherSetting
+    from raysys.systems.rabtriever.teacher import Reranker
+
+    setting, student = TeacherSetting(width=16, layers=1), StudentSetting(hidden=8)
+    reader = make_reader(setting)
+    backbone = make_backbone(setting, reader, 3).eval().requires_grad_(False)
+    torch.manual_seed(5)
+    predictor = Predictor(backbone.width, student.combine, student.additive, student.layers, student.hidden)
+    texts = [f"{text}, and the {text} again" for text in list(DOCUMENTS.values())[:40]]
+    for part, states in (("query", Reranker(backbone).queries(reader.queries(QUERIES))),
+                         ("document", Reranker(backbone).documents(reader.documents(texts)))):  # fmt: skip
+        predictor.standardise(part, states)
+    storage = Storage(tmp_path / "run")
+    save_teacher(storage, setting, backbone, reader)
+    save_student(storage, setting, student, predictor, fingerprint(setting, backbone, reader), "none", "none")
+    retriever = Retriever.load(str(tmp_path / "run"))
+
+    builder = Builder(tmp_path / "index", "v", retriever.width, retriever.fingerprint)
+    builder.put(0, [f"d{i}" for i in range(30)], texts[:30], retriever.documents(texts[:30]))
+    builder.finish()
+    publish(tmp_path / "index", "v")
+    args = {"run": str(tmp_path / "run"), "index": str(tmp_path / "index"), "guard": {"auth": "none"}}
+    serve.run(build(args), name="real", route_prefix="/real")
+    with httpx.Client(base_url=url.replace("/find", "/real"), timeout=60) as client:
+        new = {"documents": [{"id": f"d{i}", "text": texts[i]} for i in range(30, 40)]}
+        assert client.post("/documents", json=new).status_code == 200
+        u, c = retriever.queries(QUERIES)
+        scores = u @ retriever.documents(texts).T + c[:, None]
+        for query, row in zip(QUERIES, scores, strict=True):
+            results = search(client, query, 20, rerank=True, explain=True)
+            assert np.allclose(
+                sorted((one["score"] for one in results), reverse=True), np.sort(row)[::-1][:20], atol=1e-4
+            )
+            found = [int(one["id"][1:]) for one in results]
+            assert [one["text"] for one in results] == [texts[i] for i in found]
+            assert np.allclose([one["score"] for one in results], row[found], atol=1e-4)
+            teacher = retriever.rerank(query, [texts[i] for i in found])
+            assert np.allclose([one["teacher"] for one in results], teacher, atol=1e-4)
+            assert results[0]["prompt"] == retriever.prompt(query, texts[found[0]])
+        assert client.post("/search", json={"query": "\u200b"}).status_code in (200, 422)
+    serve.delete("real")
+
+
 # ---------------------------------------------------------------- how it starts
 
 

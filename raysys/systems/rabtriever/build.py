@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage, flush_folder
 from raysys.systems.rabtriever.index import F32, FORMAT, GRAPH, MANIFEST, Kind, id_hash, joined, sha256
+from raysys.systems.rabtriever.journal import segments
 from raysys.systems.rabtriever.versions import Root, shard_folder, shard_of
 
 NEIGHBOURS, EF_BUILD = 32, 200
@@ -104,12 +105,13 @@ class Builder:
             rows = np.flatnonzero(shard == s).tolist()
             _write_chunk(path, Chunk([ids[i] for i in rows], [texts[i] for i in rows], vectors[rows]))
 
-    def finish(self, threads: int = 1, journal: Sequence[int] | None = None) -> Path:
+    def finish(self, threads: int = 1) -> Path:
         """Make the version of all chunks, which must be numbered from 0 without a gap.
 
         Args:
             threads: for the graph. With more than one its bytes, not its quality, differ from build to build.
-            journal: per shard, the first segment of changes that the version does not hold; all of them if None.
+
+        All changes whose journal is still there stay on top of the version.
 
         Raises:
             UserError: a chunk is missing or damaged, or an id is there twice.
@@ -122,7 +124,7 @@ class Builder:
             if names != [f"chunk-{i:08d}" for i in range(len(names))]:
                 raise UserError(f"index: of {folder} the chunks {names[:3]} ... have a gap; put the missing ones")
             parts = _Parts(folder, len(names), self.root.width)
-            first = journal[s] if journal else 0
+            first = min(segments(self.root.journal_folder(s)), default=0)
             made.append(write_index(folder, parts, self.root.width, self.root.fingerprint, self.kind, threads, first))
         for s in range(self.root.shards):
             for path in (self.folder / shard_folder(s)).glob("chunk-*"):

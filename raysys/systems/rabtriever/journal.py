@@ -77,7 +77,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock(wait_s)
         try:
-            self._segment = max(self.segments(), default=-1)
+            self._segment = max(segments(self.folder), default=-1)
             if self._segment < 0:
                 self._start(first)
             else:
@@ -99,11 +99,6 @@ class Journal:
                         f"journal: {self.folder} is in use by another process; expected one owner of a shard"
                     ) from error
                 time.sleep(LOCK_POLL_S)
-
-    def segments(self) -> list[int]:
-        """Numbers of the segments that are there."""
-        found = [path.stem.removeprefix("changes-") for path in self.folder.glob("changes-*.log")]
-        return sorted(int(number) for number in found if number.isdigit())
 
     @property
     def segment(self) -> int:
@@ -167,7 +162,7 @@ class Journal:
         Raises:
             UserError: a segment is missing or damaged.
         """
-        there = self.segments()
+        there = segments(self.folder)
         if first > self._segment or [n for n in there if n >= first] != list(range(first, self._segment + 1)):
             raise UserError(
                 f"journal: {self.folder} has segments {there}; expected all from {first} on, which this version does not hold"
@@ -228,6 +223,12 @@ class Journal:
             self._failed = self._failed or "it was closed"
             os.close(self._descriptor)
             os.close(self._lock)
+
+
+def segments(folder: Path) -> list[int]:
+    """Numbers of the segments in a journal's folder, in order."""
+    found = [path.stem.removeprefix("changes-") for path in folder.glob("changes-*.log")]
+    return sorted(int(number) for number in found if number.isdigit())
 
 
 def _digest(data: Any, size: int) -> bytes:

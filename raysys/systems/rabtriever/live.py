@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.build import Chunk, write_index
 from raysys.systems.rabtriever.index import EF, F32, FORMAT, Tail, VectorIndex, best
-from raysys.systems.rabtriever.journal import Change, Journal
+from raysys.systems.rabtriever.journal import Change, Journal, segments
 from raysys.systems.rabtriever.versions import Root, publish, shard_folder
 
 OPEN_VERSIONS = 2
@@ -144,7 +144,7 @@ class LiveShard:
             raise UserError(f"shard: got {shard}; {self.root.folder} has {self.root.shards}, numbered from 0")
         self._open: dict[str, Live] = {}
         folder, first = self.root.journal_folder(shard), 0
-        if not any(folder.glob("changes-*.log")):
+        if not segments(folder):
             first = self.root.load(self.root.current(), shard).manifest["journal"]
         self.journal = Journal(folder, self.root.width, self.root.fingerprint, self._apply, first, wait_s)
 
@@ -209,9 +209,17 @@ class LiveShard:
 
 
 def settle(root: Root, version: str, source: str, sizes: Sequence[int]) -> None:
-    """Publish a version whose shards have all been compacted, to `sizes` documents each."""
+    """Publish a version whose shards have all been compacted, to `sizes` documents each.
+
+    Raises:
+        UserError: another version than `source` was published meanwhile; it stays the one to serve.
+    """
     told = {"format": FORMAT, "shards": root.shards, "kind": root.check(source)["kind"], "m": sum(sizes)}
     root.settle(root.version_folder(version, "building"), version, told)
+    if (now := root.current()) != source:
+        raise UserError(
+            f"version: {now} was published while {version} was made of {source}; {now} stays, compact it again"
+        )
     publish(root.folder, version)
 
 

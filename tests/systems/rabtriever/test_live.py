@@ -278,6 +278,23 @@ def test_a_version_built_anew_still_has_the_changes_and_one_whose_changes_are_go
     assert shard.version("v1").text("new") == "kept"
     with pytest.raises(UserError, match="expected all from 0 on"):
         shard.version("v2")
+    builder = Builder(tmp_path, "v3", D, "model")
+    builder.put(0, ["d1"], ["b"], vector(1)[None])
+    builder.finish()  # after the segment was deleted: its changes are given up
+    assert [shard.version("v3").text(id) for id in ("d1", "new")] == ["b", None]
+    shard.close()
+
+
+def test_a_version_published_while_another_is_compacted_stays(tmp_path: Path) -> None:
+    shard = LiveShard(make_root(tmp_path, NAMES), 0)
+    builder = Builder(tmp_path, "v1", D, "model")
+    builder.put(0, ["d1"], ["b"], vector(1)[None])
+    builder.finish()
+    size = shard.compact("v2", "v0")
+    publish(tmp_path, "v1")
+    with pytest.raises(UserError, match="v1 was published while v2 was made of v0; v1 stays"):
+        settle(shard.root, "v2", "v0", [size])
+    assert shard.root.current() == "v1"
     shard.close()
 
 

@@ -5,6 +5,7 @@ Shapes: n queries, m documents, e width of a unit, d hidden size.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from raysys.data.retrieval import Queries, Retrieval
 from raysys.systems.rabtriever.backbone import Backbone, BridgeBackbone, Part, TokenBackbone, stack_parts
 from raysys.systems.rabtriever.examples import Examples
 from raysys.systems.rabtriever.task import Problem
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 UNIT, WIDTH, VOCABULARY, WINDOW = 6, 16, 40, 8
 KINDS = ("bridge1", "bridge4", "qwen2", "gpt2")
@@ -133,6 +136,25 @@ def rule_task(m: int = 12, train: int = 240, test: int = 48, noise: float = 0.1)
 @pytest.fixture(scope="session")
 def rule() -> Problem:
     return rule_task()
+
+
+@pytest.fixture(scope="session")
+def trained(rule: Problem) -> Any:
+    """A problem, its trained teacher, and what a student gets of it (`retriever_for_tests.Trained`)."""
+    from functools import partial
+
+    from retriever_for_tests import ONCE, TEACHER, Trained, bridge, teacher_learner
+
+    from raysys.runtime.train import fit_here
+    from raysys.systems.rabtriever.targets import LocalTargets
+    from raysys.systems.rabtriever.task import freeze
+    from raysys.systems.rabtriever.teacher import Reranker
+
+    state = fit_here(None, partial(teacher_learner, rule, TEACHER), ONCE)
+    backbone = bridge(rule)
+    backbone.load_state_dict(state)
+    reranker = Reranker(backbone)
+    return Trained(rule, reranker, freeze(reranker, rule), LocalTargets(reranker, rule.documents, rule.train))
 
 
 CORPUS = [

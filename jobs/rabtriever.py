@@ -38,7 +38,7 @@ from raysys.systems.rabtriever.backbone import Backbone, joined
 from raysys.systems.rabtriever.learners import Frozen, StudentLearner, TeacherLearner, start_predictor
 from raysys.systems.rabtriever.metrics import measure
 from raysys.systems.rabtriever.presets import PRESETS
-from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged
+from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged, with_state
 from raysys.systems.rabtriever.setting import Setting, StudentSetting, TeacherSetting
 from raysys.systems.rabtriever.targets import LocalTargets, Targets
 from raysys.systems.rabtriever.task import Problem, load_data, make_problem, student_scores
@@ -182,8 +182,7 @@ def train_teacher(
 def with_weights(setting: TeacherSetting, seed: int, state: State) -> Backbone:
     """A plain frozen backbone with trained weights, LoRA factors merged."""
     backbone = make_backbone(setting, make_reader(setting), seed)
-    backbone.load_state_dict(state, strict=False)
-    return merged(backbone).eval().requires_grad_(False)
+    return merged(with_state(backbone, state)).eval().requires_grad_(False)
 
 
 def make_teacher(setting: TeacherSetting, shared: Any, seed: int, first: State | None, device: str) -> TeacherLearner:
@@ -191,7 +190,7 @@ def make_teacher(setting: TeacherSetting, shared: Any, seed: int, first: State |
     problem = fetched(shared)
     backbone = make_backbone(setting, make_reader(setting, device), seed, device)
     if first is not None:
-        backbone.load_state_dict(first, strict=False)
+        with_state(backbone, first)
     return TeacherLearner(
         setting, backbone, problem.examples, problem.documents, problem.train, seed, preferences=first is not None
     )

@@ -17,7 +17,7 @@ from raysys.runtime.train import fit_here
 from raysys.systems.rabtriever import claims, figures
 from raysys.systems.rabtriever.contest import METHODS, contest, examine
 from raysys.systems.rabtriever.learners import TeacherLearner
-from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged
+from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged, with_state
 from raysys.systems.rabtriever.setting import Setting
 from raysys.systems.rabtriever.task import load_data, make_problem
 
@@ -66,7 +66,7 @@ def run_seed(setting: Setting, seed: int, methods: list[str], shortlist: int) ->
     for preferences in (False, True) if setting.teacher.objective == "sft+dpo" else (False,):
         backbone = make_backbone(setting.teacher, reader, seed)
         if state is not None:
-            backbone.load_state_dict(state, strict=False)
+            with_state(backbone, state)
         learner = TeacherLearner(
             setting.teacher, backbone, problem.examples, problem.documents, problem.train, seed, preferences=preferences
         )

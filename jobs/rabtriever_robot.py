@@ -1,8 +1,8 @@
 """A robot that acts by retrieval: in `SkillRetrieval-v0` an instruction is met by finding the next skill, again and again.
 
 Every retriever plays the same errands, once among the skills that can be done now (an external feasibility check, as SayCan has
-one) and once without that check. A retrieval score is no measure of safety: the environment, not the retriever, refuses what cannot
-be done.
+one) and once without that check. A retrieval score is no measure of safety: the environment, not the retriever, refuses what
+cannot be done.
 """
 
 from __future__ import annotations

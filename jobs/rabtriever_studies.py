@@ -31,7 +31,7 @@ from raysys.systems.rabtriever.cost import WAYS, Shape, measure
 from raysys.systems.rabtriever.examples import Examples
 from raysys.systems.rabtriever.learners import TeacherLearner
 from raysys.systems.rabtriever.metrics import measure as measure_ranking
-from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged
+from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged, with_state
 from raysys.systems.rabtriever.setting import Setting
 from raysys.systems.rabtriever.task import load_data, make_problem
 
@@ -241,7 +241,7 @@ def trial(
     for seed in seeds:
         made = validation(changed, seed)
         backbone = make_backbone(changed.teacher, made[1], seed)
-        backbone.load_state_dict(shared.get(seed) or teacher_state(made, seed), strict=False)
+        with_state(backbone, shared.get(seed) or teacher_state(made, seed))
         found = contest(
             changed, seed, examine(merged(backbone), made[2], 0), ["student"], partial(fit_here, None, config=Spread())
         )

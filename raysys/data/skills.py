@@ -1,6 +1,7 @@
 """A household robot in symbols: what it is asked, which skill comes next, and when a skill can be done at all.
 
-    query     "the crunchy fruit should be kept cold so far: go to the fridge, open the fridge"     document  "find the apple"
+    query     "just done: open the fridge; asked: the crunchy fruit should be kept cold; before: go to the fridge"
+    document  "find the apple"
 
 Notable choices
 - Skills are worded as in SayCan's plans (arXiv 2204.01691); instructions name neither objects nor places, they describe them. So

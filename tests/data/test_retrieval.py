@@ -96,11 +96,11 @@ def test_saycan_asks_for_the_next_skill_and_withholds_those_of_held_out_plans(tm
     (tmp_path / "saycan_plan_v0_l.tsv").write_text("INPUT\tOUTPUT\r\n" + "\r\n".join(plans) + "\r\n")
     data = load_retrieval(str(tmp_path))
     assert (len(data.train), len(data.test), len(data.documents), data.unseen.sum()) == (24, 6, 12, 2)
-    first = data.test.texts[0].removesuffix(" so far: nothing")
+    first = data.test.texts[0].removeprefix("just done: nothing; asked: ")
     thing = first.removeprefix("Do ")
     assert data.test.texts[1:3] == (
-        f"{first} so far: find the thing {thing}",
-        f"{first} so far: find the thing {thing}, pick up the thing",
+        f"just done: find the thing {thing}; asked: {first}",
+        f"just done: pick up the thing; asked: {first}; before: find the thing {thing}",
     )
     assert [data.documents[r[0]] for r in data.test.relevant[:3]] == [
         f"find the thing {thing}",

@@ -59,8 +59,8 @@ class SkillRetrieval(gymnasium.Env[str, np.int64]):  # type: ignore[misc]
         self.errands, texts = read_errands(source)
         self.skills = tuple(Skill.of(text) for text in texts)
         longest = max(len(errand.text) for errand in self.errands)
-        letters = set("".join((*texts, *(errand.text for errand in self.errands)))) | set(string.ascii_letters + " :,")
-        most = len(progress("", [])) + longest + limit * (2 + max(map(len, texts)))
+        letters = set("".join((*texts, *(errand.text for errand in self.errands)))) | set(string.ascii_letters + " :,;")
+        most = len(progress("", ["", ""])) + longest + limit * (2 + max(map(len, texts)))
         self.observation_space = spaces.Text(most, min_length=1, charset=frozenset(letters))
         self.action_space = spaces.Discrete(len(self.skills))
         self.errand, self.world, self.steps, self.time = self.errands[0], World(), [""], 0

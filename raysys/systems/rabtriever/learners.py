@@ -30,6 +30,8 @@ from raysys.systems.rabtriever.targets import Targets
 
 BLOCKS = 4
 """Of the teacher's steps; a student's have half as many, being smaller."""
+PREFERENCES = 1 << 40
+"""Added to the seed for the second stage, so that it does not see the batches of the first again."""
 SAMPLE = 256
 """Queries on which the variance of the teacher's states is estimated."""
 
@@ -45,7 +47,7 @@ class TeacherLearner:
     ) -> None:  # fmt: skip
         self.setting, self.examples, self.documents, self.queries = setting, examples, documents, queries
         self.module = backbone.train()
-        self.seeds = Seeds(seed)
+        self.seeds = Seeds(seed + PREFERENCES if preferences else seed)
         self.reference = copy.deepcopy(backbone).eval().requires_grad_(False) if preferences else None
         self.steps = setting.dpo_steps if preferences else setting.steps
         self.others = setting.negatives or len(examples.known) - 1
@@ -66,13 +68,13 @@ class TeacherLearner:
         part = _to(self.documents.pick(torch.from_numpy(found.reshape(-1))), device)
         asked = _to(self.queries.pick(torch.from_numpy(np.repeat(rows, k))), device)
         read = backbone.read(part, keep=True)
-        odds = backbone.log_odds(backbone.answer(asked, read))
+        states = backbone.answer(asked, read)
         if self.reference is None:
-            answers = losses.answer_loss(odds, positive)
+            answers = losses.answer_loss(backbone.head(states).float(), positive, backbone.labels)
         else:
             with torch.no_grad():
                 before = self.reference.log_odds(self.reference.answer(asked, self.reference.read(part, keep=True)))
-            answers = losses.preference_loss(odds, before, positive, self.setting.dpo_beta)
+            answers = losses.preference_loss(backbone.log_odds(states), before, positive, self.setting.dpo_beta)
         self.told = {"answers": float(answers.detach())}
         if not self.setting.auxiliary:
             return answers

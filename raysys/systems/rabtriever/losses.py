@@ -84,9 +84,10 @@ def info_nce(scores: Tensor, excluded: Tensor) -> Tensor:
     return -scores.masked_fill(excluded, -torch.inf).log_softmax(-1)[:, 0].mean()
 
 
-def answer_loss(log_odds: Tensor, positive: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the two labels alone: -log P(T) of positives, -log P(F) of the others [P: SFT of the reranker]."""
-    return F.binary_cross_entropy_with_logits(log_odds, positive.to(log_odds.dtype), weight)
+def answer_loss(logits: Tensor, positive: Tensor, labels: tuple[int, int]) -> Tensor:
+    """Cross-entropy of the answer token over the whole vocabulary, logits (n, V): T for positives (n,), F for others [P]."""
+    true, false = labels
+    return F.cross_entropy(logits, torch.where(positive, true, false))
 
 
 def preference_loss(log_odds: Tensor, reference: Tensor, positive: Tensor, beta: float = 0.1) -> Tensor:

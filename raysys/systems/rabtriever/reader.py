@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -150,7 +150,10 @@ def make_backbone(setting: TeacherSetting, reader: Reader, seed: int, device: st
         return backbone.to(device)
     assert isinstance(reader, TokenReader)
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    quiet: Any = logging  # its functions carry no types
+    quiet.disable_progress_bar()
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             find_model(setting.model), trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
@@ -189,6 +192,20 @@ def refuse_two_way(backbone: Backbone, name: str) -> None:
         here, there = backbone.read(two).states[:, 0].float()
     if not torch.allclose(here, there, atol=1e-4, rtol=1e-3):
         raise ValueError(f"model: got {name!r}, which reads both ways; expected a causal language model")
+
+
+def with_state(backbone: Backbone, state: Mapping[str, Tensor]) -> Backbone:
+    """The same backbone with trained weights: all that train, by name; what stays frozen may be left out.
+
+    Raises:
+        ValueError: a trained weight is missing, or one is given that the backbone does not have.
+    """
+    told = backbone.load_state_dict(state, strict=False)
+    trains = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
+    if told.unexpected_keys or trains & set(told.missing_keys):
+        wrong = [*told.unexpected_keys, *sorted(trains & set(told.missing_keys))]
+        raise ValueError(f"model: weights do not fit it, such as {wrong[0]}")
+    return backbone
 
 
 def merged(backbone: Backbone) -> Backbone:

@@ -204,12 +204,14 @@ def test_contrastive_states_are_best_where_each_state_is_the_teachers_own() -> N
 
 
 @relaxed
-@given(st.floats(-9, 9), st.booleans())
-def test_the_answer_loss_is_minus_the_log_probability_of_the_right_label(z: float, positive: bool) -> None:
-    odds = torch.tensor([z], dtype=torch.float64)
-    p = torch.sigmoid(odds)
-    expected = -torch.log(p if positive else 1 - p)[0]
-    torch.testing.assert_close(losses.answer_loss(odds, torch.tensor([positive])), expected, atol=1e-9, rtol=1e-6)
+@given(st.lists(st.floats(-9, 9), min_size=4, max_size=4), st.booleans())
+def test_the_answer_loss_is_minus_the_log_probability_of_the_right_label_among_all_tokens(
+    logits: list[float], positive: bool
+) -> None:
+    given_logits = torch.tensor([logits], dtype=torch.float64)
+    expected = -given_logits.softmax(-1)[0, 2 if positive else 1].log()
+    found = losses.answer_loss(given_logits, torch.tensor([positive]), (2, 1))
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-6)
 
 
 @relaxed

@@ -346,7 +346,9 @@ def test_a_killed_shard_loses_no_acknowledged_document_gives_no_wrong_answer_and
     ended(loads)
     seen = [one for load in loads for one in load.seen]
     assert {status for _, status in seen} <= {200, 503, 504}
-    assert max((at for at, status in seen if status != 200), default=killed) < killed + 30
+    away = max((at for at, status in seen if status != 200), default=killed) - killed
+    print(f"away for {away:.1f} s: {sum(status != 200 for _, status in seen)} of {len(seen)} requests were refused")
+    assert away < 30
     assert any(at > killed + 1 and status == 200 for at, status in seen)
     assert [load.wrong for load in loads if load.wrong] == []
     written = [id for load in loads for id in load.acknowledged]

@@ -229,6 +229,10 @@ class DemoConfig(TrainConfig):
 
     seeds: int = Field(3, ge=1, le=10_000)
     """Paired repetitions of the comparison; the retriever itself is trained once."""
+    test: int = Field(200, ge=0)
+    """Test queries used (a seeded choice); 0 means all."""
+    teacher: TeacherSetting = TeacherSetting(steps=200)
+    student: StudentSetting = StudentSetting(steps=250)
 
 
 def demo(config: DemoConfig, run: Run, session: Session) -> None:

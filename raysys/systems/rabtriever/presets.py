@@ -14,7 +14,7 @@ def paper() -> Values:
         "auxiliary": 0.0,
     }  # fmt: skip
     student: Values = {
-        "combine": "mul", "additive": False, "standardise": False, "kl_weight": 0.25, "rollout": "all", "hidden": 3584,
+        "combine": "mul", "additive": False, "standardise": False, "kl": "reverse", "kl_weight": 0.25, "rollout": "all", "hidden": 3584,
         "batch": 16,
     }  # fmt: skip
     return {"teacher": teacher, "student": student, "train": {"bf16": True}}
@@ -22,7 +22,16 @@ def paper() -> Values:
 
 def paper_student() -> Values:
     """The paper's predictor and loss, w = 0.25, on the embedded teacher."""
-    return {"student": {"additive": False, "standardise": False, "kl_weight": 0.25, "rollout": "all", "batch": 16}}
+    return {
+        "student": {
+            "additive": False,
+            "standardise": False,
+            "kl": "reverse",
+            "kl_weight": 0.25,
+            "rollout": "all",
+            "batch": 16,
+        }
+    }
 
 
 def listwise() -> Values:

@@ -80,15 +80,16 @@ class StudentSetting(Config):
     """How states are compared: mse [P], or contrastive among the documents of a query (the ablation)."""
     mse_weight: float = Field(1.0, ge=0)
     """Weight of the comparison of states."""
-    kl: Literal["reverse", "forward", "jsd"] = "reverse"
-    """Direction of the KL of answers: reverse [P], forward, or the symmetric JSD."""
+    kl: Literal["reverse", "forward", "jsd"] = "forward"
+    """Direction of the KL of answers: reverse [P], forward, or the symmetric JSD. Reverse drifts to "always F" here, the more the larger
+    its weight (docs/rabtriever.md)."""
     kl_weight: float = Field(100.0, ge=0)
     """Weight w. The paper says 0.25 in the text and 1/40 in the appendix, for a 7B model's states; here the MSE is in units of
     the states' variance and most of it cannot be removed (see the closed-form least residual), so w must be larger to be
     heard."""
     kl_samples: int = Field(0, ge=0, le=1024)
     """0: exact KL over the vocabulary; k: the sampled on-policy estimator (reverse only) with k answers per pair."""
-    rollout: Literal["all", "random", "onpolicy"] = "random"
+    rollout: Literal["all", "random", "onpolicy"] = "onpolicy"
     """Documents per query and step: all [P], a positive and random ones, or half of these from the student's own top --top."""
     group: int = Field(16, ge=2)
     """Documents per query and step with rollout random or onpolicy."""

@@ -28,7 +28,7 @@ from raysys.runtime.session import Session
 from raysys.runtime.statistics import Interval
 from raysys.systems.rabtriever.artifact import Retriever
 from raysys.systems.rabtriever.build import Builder
-from raysys.systems.rabtriever.versions import publish
+from raysys.systems.rabtriever.versions import MOST_SHARDS, publish
 
 
 class IndexConfig(ClusterJob):
@@ -44,7 +44,7 @@ class IndexConfig(ClusterJob):
     """Name of the version that is built."""
     kind: Literal["flat", "hnsw"] = "flat"
     """flat: exact search; hnsw: a graph, for large corpora."""
-    shards: int = Field(1, ge=1, le=4096)
+    shards: int = Field(1, ge=1, le=MOST_SHARDS)
     """Shards that documents are dealt to."""
     chunk: int = Field(10_000, ge=1)
     """Documents per chunk: what a kill can cost."""

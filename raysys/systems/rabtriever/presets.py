@@ -14,8 +14,8 @@ def paper() -> Values:
         "auxiliary": 0.0,
     }  # fmt: skip
     student: Values = {
-        "combine": "mul", "additive": False, "standardise": False, "kl": "reverse", "kl_weight": 0.25, "rollout": "all", "hidden": 3584,
-        "batch": 16,
+        "combine": "mul", "additive": False, "standardise": False, "kl": "reverse", "kl_weight": 0.25, "rollout": "all",
+        "hidden": 3584, "batch": 16,
     }  # fmt: skip
     return {"teacher": teacher, "student": student, "train": {"bf16": True}}
 

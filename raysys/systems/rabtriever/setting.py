@@ -81,8 +81,8 @@ class StudentSetting(Config):
     mse_weight: float = Field(1.0, ge=0)
     """Weight of the comparison of states."""
     kl: Literal["reverse", "forward", "jsd"] = "forward"
-    """Direction of the KL of answers: reverse [P], forward, or the symmetric JSD. Reverse drifts to "always F" here, the more the larger
-    its weight (docs/rabtriever.md)."""
+    """Direction of the KL of answers: reverse [P], forward, or the symmetric JSD. Reverse drifts to "always F" here, the more
+    the larger its weight (docs/rabtriever.md)."""
     kl_weight: float = Field(100.0, ge=0)
     """Weight w. The paper says 0.25 in the text and 1/40 in the appendix, for a 7B model's states; here the MSE is in units of
     the states' variance and most of it cannot be removed (see the closed-form least residual), so w must be larger to be

@@ -81,16 +81,19 @@ def build_index(config: IndexConfig, run: Run, session: Session) -> None:
         raise UserError(f"index: is missing; a run at {run.path} has no folder of its own on this machine, name one")
     if run.stage("index").result is not None:
         return
-    builder = Builder(root, config.version, retriever.width, retriever.fingerprint, config.shards, config.kind)
     ids, texts = read_corpus(config.corpus)
-    starts = range(0, len(ids), config.chunk)
-    missing = [number for number, _ in enumerate(starts) if not builder.has(number)]
-    with Progress(len(starts), "index", unit="chunks", done=len(starts) - len(missing)) as progress:
-        for number, vectors in encoded(config, texts, missing):
-            rows = slice(number * config.chunk, (number + 1) * config.chunk)
-            builder.put(number, ids[rows], texts[rows], vectors)
-            progress.advance()
-    folder = builder.finish()
+    folder = root / "versions" / config.version
+    # A build that was killed after its last step left a whole version: only what a run of its own has made is taken for that.
+    if not (run.resumed and folder.exists()):
+        builder = Builder(root, config.version, retriever.width, retriever.fingerprint, config.shards, config.kind)
+        starts = range(0, len(ids), config.chunk)
+        missing = [number for number, _ in enumerate(starts) if not builder.has(number)]
+        with Progress(len(starts), "index", unit="chunks", done=len(starts) - len(missing)) as progress:
+            for number, vectors in encoded(config, texts, missing):
+                rows = slice(number * config.chunk, (number + 1) * config.chunk)
+                builder.put(number, ids[rows], texts[rows], vectors)
+                progress.advance()
+        folder = builder.finish()
     if config.publish:
         publish(root, config.version)
     told = {

@@ -17,6 +17,7 @@ import pytest
 from jobs import rabtriever
 from raysys.data.retrieval import load_retrieval
 from raysys.systems.rabtriever.artifact import FOLDER, Retriever
+from raysys.systems.rabtriever.build import Builder
 from raysys.systems.rabtriever.presets import PRESETS
 from raysys.systems.rabtriever.versions import Root
 
@@ -139,6 +140,45 @@ def test_what_was_trained_is_evaluated_indexed_and_found_again(
         assert [name for _, name in merged[:5]] == best
 
 
+def test_an_index_goes_on_where_a_failed_build_stopped(
+    trained: Path, tmp_path: Path, ray_cluster: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"_id": f"d{i}", "text": f"document number {i}"}) + "\n" for i in range(30)))
+    words = [
+        "index",
+        "--run",
+        str(trained),
+        "--corpus",
+        str(corpus),
+        "--index",
+        str(tmp_path / "index"),
+        "--chunk",
+        "10",
+    ]
+    words += ["--no-wandb", "--out", str(tmp_path)]
+    put = Builder.put
+
+    def fails(self: Builder, chunk: int, *rest: Any) -> None:
+        if chunk == 1:
+            raise OSError("the disk is full")
+        put(self, chunk, *rest)
+
+    monkeypatch.setattr(Builder, "put", fails)
+    with pytest.raises(OSError, match="full"):
+        call(words, monkeypatch, capsys)
+    (run,) = tmp_path.glob("rabtriever-index-*")
+    written: list[int] = []
+    monkeypatch.setattr(Builder, "put", lambda self, chunk, *rest: (written.append(chunk), put(self, chunk, *rest))[1])
+    code, told = call(["--resume", str(run), "--no-wandb"], monkeypatch, capsys)
+    assert code == 0, told.err
+    assert written == [1, 2]
+    root = Root.open(tmp_path / "index")
+    assert len(root.load(root.current(), 0)) == 30
+    code, _ = call(words, monkeypatch, capsys)
+    assert code == 2  # a version that another run has made is not written again
+
+
 def test_the_cost_study_says_that_the_student_does_not_read_documents(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -188,8 +228,21 @@ def test_teacher_and_student_killed_in_training_end_with_the_bits_of_an_undistur
 
 
 @pytest.mark.slow
+def test_a_sweep_tunes_on_held_out_queries_and_shares_a_teacher(
+    tmp_path: Path, ray_cluster: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    words = ["sweep", *SMALL, "--space", "student.kl_weight=1,10", "--out", str(tmp_path)]
+    code, told = call(words, monkeypatch, capsys)
+    assert code == 0, told.err
+    (run,) = tmp_path.glob("rabtriever-sweep-*")
+    rows = json.loads((run / "summary.json").read_text())["table"]
+    assert sorted(row["student.kl_weight"] for row in rows) == [1, 10]
+    assert (run / "teachers" / "0.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_comparison_measures_every_method(tmp_path: Path, ray_cluster: Any, monkeypatch: Any, capsys: Any) -> None:
-    words = ["compare", *SMALL, "--seeds", "2", "--out", str(tmp_path), "--student.steps", "4", "--teacher.steps", "4"]
+    words = ["compare", *SMALL, "--seeds", "2", "--out", str(tmp_path)]
     code, told = call(words, monkeypatch, capsys)
     assert code == 0, told.err
     (run,) = tmp_path.glob("rabtriever-compare-*")

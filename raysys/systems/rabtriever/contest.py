@@ -47,7 +47,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "infonce": {"loss": "infonce"},
 }
 """Changes of the student's setting by name: the method, the paper's literal predictor and weight, its ablations, the controls.
-What equals the student itself is not trained again. Reverse KL also runs at w = 1, for it the best of 1, 4, 16, 100 on one seed."""
+What equals the student itself is not trained again. Reverse KL also runs at w = 1, its best of 1, 4, 16, 100 on one seed."""
 OTHERS = (
     "teacher",
     "teacher_eq9",

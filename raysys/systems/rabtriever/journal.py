@@ -185,8 +185,7 @@ class Journal:
         with self._flush:
             if self._durable >= mine:
                 return
-            if self._failed:
-                raise OSError(f"journal: {self.folder} could not be written before ({self._failed}); open it again")
+            self._refuse_failed()
             with self._queue:
                 taken, self._pending = self._pending, []
                 upto = self._asked
@@ -211,11 +210,25 @@ class Journal:
         return self._failed
 
     def rotate(self) -> int:
-        """Start a new segment, and return its number: changes from now on are in it."""
+        """Start a new segment, and return its number: changes from now on are in it.
+
+        Raises:
+            OSError: it could not be started; nothing more is taken, as after a write that failed.
+        """
         with self._flush:
-            os.close(self._descriptor)
-            self._start(self._segment + 1)
+            self._refuse_failed()
+            old = self._descriptor
+            try:
+                self._start(self._segment + 1)
+                os.close(old)
+            except BaseException as error:
+                self._failed = f"{type(error).__name__}: {error}"
+                raise
             return self._segment
+
+    def _refuse_failed(self) -> None:
+        if self._failed:
+            raise OSError(f"journal: {self.folder} could not be written before ({self._failed}); open it again")
 
     def close(self) -> None:
         """Let another process have it."""

@@ -196,9 +196,9 @@ class LiveShard:
         if self.root.version_folder(version).exists():
             raise UserError(f"version: got {version!r}; {self.root.folder} has one of that name, choose another")
         folder = self.root.version_folder(version, "building") / shard_folder(self.shard)
-        live = self.version(source)
-        with self.journal.still:
-            view, first = live.view, self.journal.rotate()
+        self.version(source)  # opened before anybody has to wait for it
+        with self.journal.still:  # and asked for again: one that was closed meanwhile is not told of changes
+            view, first = self.version(source).view, self.journal.rotate()
         folder.mkdir(parents=True, exist_ok=True)
         base = view.base
         return int(write_index(folder, view, base.width, base.fingerprint, base.kind, threads, first)["m"])

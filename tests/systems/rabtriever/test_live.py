@@ -310,3 +310,64 @@ def test_a_copy_of_the_root_is_a_backup(tmp_path: Path) -> None:
         one.close()
     with pytest.raises(UserError, match="shard: got 2"):
         LiveShard(tmp_path / "b", 2)
+
+
+@pytest.mark.parametrize("step", ["the new file", "its descriptor"])
+def test_a_segment_that_cannot_be_started_fails_the_journal_and_no_other_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    import raysys.systems.rabtriever.journal as module
+
+    shard = LiveShard(make_root(tmp_path, NAMES), 0)
+    shard.put(["a"], ["kept"], vector(1)[None])
+    with monkeypatch.context() as patched:
+
+        def full(*args: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        if step == "the new file":
+            patched.setattr(module.Storage, "write_bytes", full)
+        else:
+            opened = module.os.open
+            patched.setattr(
+                module.os, "open", lambda path, *a: full() if str(path).endswith("1.log") else opened(path, *a)
+            )
+        with pytest.raises(OSError, match="No space"):
+            shard.compact("v1", "v0")
+    with (tmp_path / "foreign").open("wb"):  # gets the lowest number that is free
+        for change in (lambda: shard.put(["b"], ["lost"], vector(2)[None]), shard.journal.rotate):
+            with pytest.raises(OSError, match="could not be written before"):
+                change()
+    assert (tmp_path / "foreign").stat().st_size == 0
+    assert shard.journal.failed
+    shard.close()
+    again = LiveShard(tmp_path, 0)
+    assert [again.version("v0").text(id) for id in "ab"] == ["kept", None]
+    again.put(["b"], ["kept too"], vector(2)[None])
+    again.close()
+    again = LiveShard(tmp_path, 0)
+    assert [again.version("v0").text(id) for id in "ab"] == ["kept", "kept too"]
+    again.close()
+
+
+def test_a_version_that_is_closed_just_before_it_is_compacted_loses_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = LiveShard(make_root(tmp_path, NAMES), 0)
+    for i in (1, 2):
+        settle(shard.root, f"v{i}", f"v{i - 1}", [shard.compact(f"v{i}", f"v{i - 1}")])
+    asked, version = [], shard.version
+
+    def interrupted(name: str) -> object:
+        live = version(name)
+        asked.append(name)
+        if len(asked) == 1:
+            for other in ("v0", "v1"):
+                version(other)
+            shard.put(["new"], ["acknowledged"], vector(1)[None])
+        return live
+
+    monkeypatch.setattr(shard, "version", interrupted)
+    settle(shard.root, "v3", "v2", [shard.compact("v3", "v2")])
+    assert shard.version("v3").text("new") == "acknowledged"
+    shard.close()

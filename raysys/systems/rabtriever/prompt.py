@@ -13,12 +13,14 @@ Notable choices
   with and without a query (the prefix identity rests on this).
 - What is too long is cut where it matters least: a document at its end, a query at its start (the oldest turns). The question
   itself is never cut.
-- Texts are data: marks and phrases that imitate the answer are taken out, and special tokens in them are read as plain letters.
+- Texts are data: marks and phrases that imitate the answer are taken out, words that would begin a line of the template lose
+  their colon, and special tokens are read as plain letters.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,20 +32,44 @@ QUESTION = (
     "\nAnswer:"
 )
 TRUE, FALSE = "T", "F"
-IMITATION = re.compile(r"(?i)\b(choose|answer)\s*:?\s*[\"'<(\[]*\s*[TF]\b\s*[\"'>)\]]*|<\s*/?\s*[TF]\s*>")
-"""`<T>`, `choose T`, `Choose <f>`, `Answer: T` and the like in a text that is to be judged; small letters, too, because
-tokenizers without capitals read them alike."""
+INVISIBLE = dict.fromkeys(
+    code
+    for first, last in ((0xAD, 0xAD), (0x180E, 0x180E), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F),
+                        (0xFEFF, 0xFEFF), (0xE0000, 0xE007F))
+    for code in range(first, last + 1)
+)  # fmt: skip
+"""Characters without width, for str.translate."""
+QUOTES = "\"'`*_\u2018-\u201f\u00ab\u00bb\u2039\u203a"
+OPEN, CLOSE = rf"[{QUOTES}<>/()\[\]{{}}:\s]", rf"[{QUOTES}>)\]}}]"
+ALONE = rf"[TF](?={CLOSE}*+(?:[\s.,;:!?\u2013\u2014]|$))"
+HEADING = re.compile(r"\b(Query|Document|Answer)(?:\s?:)++")
+"""The words that begin the template's lines; without their colon they are words."""
+MARK = re.compile(r"(<[</\s]*+)([TF]\s?>(?:[</\s]*+[TF]\s?>)*+)?", re.IGNORECASE)
+"""`<T>`, `</f>`, `<<T>T>`; or `<` alone, which stays: so every run of `<` is looked at once."""
+IMITATION = re.compile(
+    rf"\b(choose|pick|select){OPEN}*+{ALONE}(?:{OPEN}++{ALONE})*+{CLOSE}*+"
+    rf"|\b(answer(?:\sis)?){OPEN}*+{ALONE}(?:{OPEN}++{ALONE})*+{CLOSE}*+(?=\s?(?:[\n.,;:!?\u2013\u2014]|$))",
+    re.IGNORECASE,
+)
+"""`choose T` and the like, and `Answer: T` or `the answer is T` at the end of a clause, in a text that is to be judged: the
+label stands alone, so T-shirts and F major stay. Small letters, too, because tokenizers without capitals read them alike."""
 
 
 def plain(text: str) -> str:
-    """A document or query without marks that imitate an answer: `choose <T>` leaves `choose`, `<T>` alone leaves nothing.
+    """A document or query in which nothing imitates an answer or the template.
 
-    It repeats until nothing is found, so that nested marks cannot be put together by the removal itself.
+    `choose <T>` leaves `choose`, `<T>` alone leaves nothing, `Query: x` leaves `Query x`. Text is read as Unicode's NFKC,
+    without characters of no width. It repeats until nothing is found, so that no mark is put together by a removal; what a
+    removal leaves cannot be nested, so a few times are enough and the time is linear in the length.
     """
     while True:
-        cleaned = IMITATION.sub(lambda found: f"{found[1] or ''} ", text)
+        cleaned = unicodedata.normalize("NFKC", text.translate(INVISIBLE))
+        cleaned = "\n".join(" ".join(line.split()) for line in cleaned.splitlines())
+        cleaned = MARK.sub(lambda found: " " if found[2] else found[1], cleaned)
+        cleaned = IMITATION.sub(lambda found: f"{found[1] or found[2]} ", HEADING.sub(r"\1", cleaned))
+        cleaned = " ".join(cleaned.split())
         if cleaned == text:
-            return " ".join(cleaned.split())
+            return text
         text = cleaned
 
 

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage, flush_folder
-from raysys.systems.rabtriever.index import F32, FORMAT, GRAPH, MANIFEST, Kind, id_hash, joined, sha256
+from raysys.systems.rabtriever.index import F32, Kind
 from raysys.systems.rabtriever.journal import segments
+from raysys.systems.rabtriever.manifest import FORMAT, GRAPH, MANIFEST, id_hash, joined, sha256
 from raysys.systems.rabtriever.versions import Root, shard_folder, shard_of
 
 NEIGHBOURS, EF_BUILD = 32, 200

@@ -13,7 +13,8 @@ Notable choices
 - Scores are exact and depend on nothing but query and document: whatever finds the candidates, they are scored again in
   float64, since the float32 products of BLAS differ in the last bit with the number of queries. Equal scores go by position.
 - A flat search is certified: more candidates are drawn until the lowest of them cannot reach the k-th result whatever its
-  rounding, so that ties and deleted documents never push a result out.
+  rounding, so that ties and deleted documents never push a result out. Where too many tie, one float64 product of all
+  documents leaves a few to score.
 - The graph of hnsw is linked by inner product itself. The usual reduction to distances, [z; sqrt(M^2 - |z|^2)] with M the largest
   norm [spec 6.1], was measured and is worse wherever norms differ or queries are unlike documents, as u(q) are: on 10,000
   clustered vectors of width 384 whose norms vary by a fifth, recall@10 is .33 to .80 with it and .98 to 1.00 without
@@ -22,9 +23,6 @@ Notable choices
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,17 +30,18 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from raysys.runtime.sentences import UserError
+from raysys.systems.rabtriever.manifest import GRAPH, damaged, id_hash, read_manifest, refuse_other
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Kind = Literal["flat", "hnsw"]
-FORMAT, MANIFEST, GRAPH = 1, "manifest.json", "graph.faiss"
 EF, SPARE = 512, 16
 ROUNDING = 2.0**-17
 """Of |u| |z|: far more than a float32 product of a few thousand numbers is off by."""
 TILE = 1 << 22
 """Numbers multiplied at once in float64."""
+PRODUCT_ROUNDING, SUMS = 2.0**-40, 1 << 24
+"""Of |u| |z|: far more than two float64 products of a few thousand numbers differ by. And how many of them are held at once."""
 MATRIX_FROM = 6
 """Queries from which one matrix product is faster than one query after the other (measured on 100,000 x 384 and x 128)."""
 
@@ -184,17 +183,41 @@ def best(
     scores, positions = np.empty((len(u), k), np.float32), np.empty((len(u), k), np.int64)
     slack = ROUNDING * segment.largest * np.linalg.norm(u, axis=1)
     left, draw = np.arange(len(u) if k else 0), min(k + SPARE, segment.size)
-    while len(left):
-        if draw == segment.size or draw > 2048 + 4 * k:
-            for i in left:
-                exact, found = _exact(u[i : i + 1], segment.vectors, np.arange(segment.size)[None], dead)
-                scores[i], positions[i] = exact[0, :k], found[0, :k]
-            break
+    while len(left) and draw < segment.size and draw <= 1024 + 4 * k:
         rough, found = segment.candidates(u[left], draw, ef)
         exact, found = _exact(u[left], segment.vectors, found, dead)
         sure = exact[:, k - 1] > (rough[:, -1] + slack[left] if segment.kind == "flat" else -np.inf)
         scores[left[sure]], positions[left[sure]] = exact[sure, :k], found[sure, :k]
-        left, draw = left[~sure], min(4 * draw, segment.size)
+        left, draw = left[~sure], min(16 * draw, segment.size)
+    step = max(1, SUMS // max(1, segment.size))
+    for rows in (left[start : start + step] for start in range(0, len(left), step)):
+        scores[rows], positions[rows] = _of_all(segment, u[rows], k, dead)
+    return scores, positions
+
+
+def _of_all(segment: VectorIndex | Tail, u: F32, k: int, dead: NDArray[np.bool_] | None) -> tuple[F32, I64]:
+    """Scores and positions (n, k) of the best of all documents, however many tie.
+
+    One float64 product finds those that may be among them. Only these are scored as `products` does, and of those that are
+    sure to have the k-th score no more than the first k.
+    """
+    sums, step = np.empty((len(u), segment.size)), max(1, TILE // segment.width)
+    for start in range(0, segment.size, step):
+        part = segment.vectors[start : start + step].astype(np.float64)
+        sums[:, start : start + step] = u.astype(np.float64) @ part.T
+    if dead is not None:
+        sums[:, dead] = -np.inf
+    scores, positions = np.empty((len(u), k), np.float32), np.empty((len(u), k), np.int64)
+    for i, row in enumerate(sums):
+        off = PRODUCT_ROUNDING * segment.largest * float(np.linalg.norm(u[i]))
+        last = -np.partition(-row, k - 1)[k - 1]
+        low, high = (row - off).astype(np.float32), (row + off).astype(np.float32)
+        least, most = np.float32(last - off), np.float32(last + off)
+        wanted = high >= least
+        if least == most:
+            wanted[np.flatnonzero((low == most) & (high == most))[k:]] = False
+        exact, found = _exact(u[i : i + 1], segment.vectors, np.flatnonzero(wanted)[None], None)
+        scores[i], positions[i] = exact[0, :k], found[0, :k]
     return scores, positions
 
 
@@ -221,79 +244,3 @@ def products(u: F32, vectors: F32, positions: I64) -> F32:
         part = vectors[positions[:, start : start + step]]
         out[:, start : start + step] = np.multiply(part, u[:, None], dtype=np.float64).sum(2)
     return out
-
-
-# ---------------------------------------------------------------- what is checked
-
-
-def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """The manifest of an index folder whose files are as it says.
-
-    Raises:
-        UserError: there is none, it is not one, or a file is missing, of another size, or (`verify`) of another content.
-    """
-    try:
-        told = json.loads((folder / MANIFEST).read_bytes())
-        wrong = next((name for name, check in _FIELDS.items() if not check(told[name])), None)
-        files = {name: (int(size), str(digest)) for name, (size, digest) in told["files"].items()}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"index: got {folder}; there is no {MANIFEST}, so it is no index or was never finished"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(folder, MANIFEST, f"{type(error).__name__}: {error}") from error
-    if wrong is not None:
-        raise damaged(folder, MANIFEST, f"{wrong} is {told[wrong]!r}")
-    needed = {"vectors.npy", "ids.bin", "ids.npy", "texts.bin", "texts.npy", "lookup.npy"}
-    needed |= {GRAPH} if told["kind"] == "hnsw" and told["m"] else set()
-    if set(files) != needed:
-        raise damaged(folder, MANIFEST, f"it lists {sorted(files)}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        got = path.stat().st_size if path.is_file() else -1
-        if got != size:
-            raise damaged(folder, name, "it is missing" if got < 0 else f"{got} bytes, expected {size}")
-        if verify and sha256(path) != digest:
-            raise damaged(folder, name, "its SHA-256 is another one")
-    return dict(told)
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "format": lambda x: x == FORMAT,
-    "kind": lambda x: x in ("flat", "hnsw"),
-    "m": lambda x: type(x) is int and x >= 0,
-    "d": lambda x: type(x) is int and x >= 1,
-    "fingerprint": lambda x: isinstance(x, str) and bool(x),
-    "largest_norm": lambda x: isinstance(x, (int, float)) and 0 <= x < np.inf,
-    "journal": lambda x: type(x) is int and x >= 0,
-}
-
-
-def damaged(folder: Path, name: str, why: str) -> UserError:
-    """What is said of an index that is not whole."""
-    return UserError(f"index: {folder / name} is damaged ({' '.join(why.split())}); build the index again")
-
-
-def refuse_other(folder: Path, got: str, expected: str | None) -> None:
-    """Raise UserError where vectors come from another model than the queries will."""
-    if expected is not None and got != expected:
-        raise UserError(
-            f"index: {folder} holds vectors of the model {got}; expected those of {expected}, build it again with this model"
-        )
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def id_hash(id: str) -> int:
-    """64 bits of an id, the same in every process: where it is looked up, and which shard has it."""
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def joined(strings: Sequence[str]) -> tuple[I64, bytes]:
-    """Offsets (m + 1,) and bytes of strings, one after the other."""
-    parts = [one.encode() for one in strings]
-    return np.cumsum([0, *map(len, parts)], dtype=np.int64), b"".join(parts)

@@ -31,7 +31,8 @@ import numpy as np
 
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage, flush_folder
-from raysys.systems.rabtriever.index import F32, FORMAT
+from raysys.systems.rabtriever.index import F32
+from raysys.systems.rabtriever.manifest import FORMAT
 
 HEAD = struct.Struct("<I8s16s")
 LOCK_POLL_S = 0.1

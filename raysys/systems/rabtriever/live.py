@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.build import Chunk, write_index
-from raysys.systems.rabtriever.index import EF, F32, FORMAT, Tail, VectorIndex, best
+from raysys.systems.rabtriever.index import EF, F32, Tail, VectorIndex, best
 from raysys.systems.rabtriever.journal import Change, Journal, segments
+from raysys.systems.rabtriever.manifest import FORMAT
 from raysys.systems.rabtriever.versions import Root, publish, shard_folder
 
 OPEN_VERSIONS = 2

@@ -26,7 +26,8 @@ from typing import Any
 
 from raysys.runtime.sentences import UserError, closest
 from raysys.runtime.storage import Storage, flush_folder
-from raysys.systems.rabtriever.index import FORMAT, VectorIndex, id_hash, refuse_other
+from raysys.systems.rabtriever.index import VectorIndex
+from raysys.systems.rabtriever.manifest import FORMAT, id_hash, refuse_other
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CURRENT, ROOT, VERSION = "CURRENT", "root.json", "version.json"

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 import pytest
 
+import raysys.systems.rabtriever.index as module
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.build import Builder, Chunk, remove_build, write_index
 from raysys.systems.rabtriever.index import VectorIndex, best, recall
@@ -83,6 +84,34 @@ def test_dead_documents_never_push_a_living_one_out(tmp_path: Path) -> None:
         assert scores.shape == (5, min(10, 4000 - count))
         for i in range(5):
             assert positions[i].tolist() == [p for p in order[i] if not dead[p]][:10]
+
+
+@pytest.mark.parametrize("what", ["no vector", "one document many times", "twins whose products round apart"])
+def test_queries_for_which_most_documents_tie_cost_little_more_than_others_and_keep_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    z, u = vectors(6000), vectors(12, seed=1)
+    if what == "no vector":
+        u[:] = 0
+    elif what == "one document many times":
+        z[100:5900] = 3 * u.mean(0)
+        u = np.repeat(u.mean(0, keepdims=True), 12, 0)
+    else:
+        z[100:5900] = np.float32(1) + np.arange(5800, dtype=np.float32)[:, None] % 3 * np.float32(2**-23)
+        u = 1 + np.abs(u)
+    index, dead, asked = write(tmp_path / "i", z), np.zeros(6000, np.bool_), []
+    dead[[0, 1, 200, 5000]] = True
+    counted = module.products
+    monkeypatch.setattr(module, "products", lambda u, z, found: (asked.append(found.size), counted(u, z, found))[1])
+    exact = np.array([(z.astype(np.float64) * one).sum(1) for one in u]).astype(np.float32)
+    exact[:, dead] = -np.inf
+    order = np.argsort(-exact, axis=1, kind="stable")
+    for k in (1, 10, 50):
+        asked.clear()
+        scores, positions = best(index, u, k, dead)
+        assert np.array_equal(positions, order[:, :k])
+        assert np.array_equal(scores, np.take_along_axis(exact, order[:, :k], 1))
+        assert sum(asked) <= 12 * (2048 + 8 * k) < 12 * 6000, "documents scored one by one in float64"
 
 
 @pytest.mark.parametrize("like", [True, False], ids=["queries like documents", "queries unlike documents"])

@@ -8,6 +8,7 @@ Notable choices
 - A document that is the query itself (same id or same text, as in BEIR's ArguAna) is no candidate for it (`itself`), unless it is
   judged right: leaving such documents in is a known fault of published scores.
 - `unseen` documents were withheld from training on purpose, with all queries that lead to them; a trainer uses `known` ones only.
+- Ids have no white space, so that a TREC run can be written: where a set's names are phrases (SayCan), they are joined by `-`.
 - What was left out, merged or held out is said in `note`, with counts.
 """
 
@@ -112,7 +113,9 @@ def assemble(pool: Pool, kind: Kind, licence: str = "") -> Retrieval:
         told.append(f"{again} test queries read like a training query")
     told.append(f"candidates: all {len(ids)} documents")
     licence = licence or LICENCES.get(pool.name, "not known to raysys")
-    return Retrieval(pool.name, licence, ids, documents, train, test, unseen, kind, "; ".join(filter(None, told)))
+    return Retrieval(
+        pool.name, licence, slugs(ids), documents, train, test, unseen, kind, "; ".join(filter(None, told))
+    )
 
 
 def _queries(part: str, asks: Sequence[Ask], number: dict[str, int], by_text: dict[str, int], name: str) -> Queries:
@@ -125,8 +128,24 @@ def _queries(part: str, asks: Sequence[Ask], number: dict[str, int], by_text: di
         grades.append(tuple(grade for _, grade in judged))
         own = number.get(ask.id, by_text.get(ask.text, -1))
         itself.append(-1 if own in relevant[-1] else own)
-    ids, texts = tuple(ask.id for ask in asks), tuple(ask.text for ask in asks)
+    ids, texts = slugs([ask.id for ask in asks]), tuple(ask.text for ask in asks)
     return Queries(ids, texts, tuple(relevant), tuple(grades), np.array(itself, np.int64))
+
+
+def slugs(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as TREC files can hold them: white space becomes `-`, with a number where that is another's name already."""
+    taken, made = {name for name in names if len(name.split()) == 1 and name == name.strip()}, []
+    for name in names:
+        slug = name
+        if name not in taken:
+            base, number = "-".join(name.split()) or "-", 1
+            slug = base
+            while slug in taken:
+                number += 1
+                slug = f"{base}-{number}"
+            taken.add(slug)
+        made.append(slug)
+    return tuple(made)
 
 
 def generator(source: str) -> Any:

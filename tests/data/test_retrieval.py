@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysys.data.datasets import DataError
-from raysys.data.retrieval import load_retrieval, write_run
+from raysys.data.retrieval import load_retrieval, slugs, write_run
 
 
 def jsonl(*records):
@@ -157,6 +157,55 @@ def test_a_run_lists_the_best_documents_as_trec_reads_them():
     scores = np.array([[0.5, 2, -np.inf], [1, 1, 3]], np.float32)
     lines = write_run(("q1", "q2"), scores, ("a", "b", "c"), "mine", depth=2).splitlines()
     assert lines == ["q1 Q0 b 1 2 mine", "q1 Q0 a 2 0.5 mine", "q2 Q0 c 1 3 mine", "q2 Q0 a 2 1 mine"]
+
+
+def beir_files():
+    asked = "".join(f"q {i}\ta {i}\t1\n" for i in range(10))
+    return {
+        "corpus.jsonl": jsonl(
+            *({"_id": f"a {i}", "text": f"text {i}"} for i in range(10)), {"_id": "a-1", "text": "x"}
+        ),
+        "queries.jsonl": jsonl(*({"_id": f"q {i}", "text": f"what is {i}"} for i in range(10))),
+        "qrels/test.tsv": HEAD + asked,
+    }
+
+
+def banking_files():
+    rows = "".join(f"ask for {i},Label {i}?\n" for i in range(20))
+    return {"train.csv": "text,category\n" + rows, "test.csv": "text,category\n" + rows}
+
+
+PUBLISHED = {
+    "beir": beir_files,
+    "strategyqa": lambda: {"train.json": json.dumps([{"question": f"is {i}?", "facts": [f"it is {i}"]} for i in range(10)])},
+    "banking77": banking_files,
+    "clinc150": lambda: {"data_small.json": json.dumps(
+        {part: [[f"{part} {word}", f"do {word}"] for word in ("this", "that")] for part in ("train", "val", "test")}
+        | {f"oos_{part}": [["no", "oos"]] for part in ("train", "val", "test")}
+    )},
+    "esconv": lambda: dict.fromkeys(
+        ("devWithStrategy_short.tsv", "testWithStrategy_short.tsv"), "1.0 0 0 hello EOS 1.0 1 1 [Providing Suggestions] hi\n"
+    ),
+    "saycan": lambda: {"saycan_plan_v0_l.tsv": PLAN + "".join(f"Do {i}\t1. find {i}, 2. done\n" for i in range(10))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_run_of_every_published_format_can_be_written_and_its_names_are_unique(tmp_path, name):
+    for file, content in PUBLISHED[name]().items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    data = load_retrieval(str(tmp_path))
+    assert data.name in (name, tmp_path.name)
+    scores = np.zeros((len(data.test), len(data.documents)), np.float32)
+    lines = write_run(data.test.ids, scores, data.document_ids, "t").splitlines()
+    assert {len(line.split()) for line in lines} == {6}
+    assert len(lines) == len(set(lines)) == scores.size
+    assert len(set(data.document_ids)) == len(data.documents)
+
+
+def test_names_without_white_space_stay_and_others_take_a_name_that_is_free():
+    assert slugs(["a", "a b", "a-b", " a\tb", "c "]) == ("a", "a-b-2", "a-b", "a-b-3", "c")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Notable choices
 - Sets of texts with labels (BANKING77, CLINC150, ESConv) become retrieval: the documents are the labels, written as phrases.
 - A set that ships without a split holds out a fixed fifth: of the questions (StrategyQA), of the instructions (SayCan), of the
   judged queries (BEIR without train.tsv). Nothing of a held-out one is trained on.
+- A document that is right for held-out queries and for no training query is withheld from training, in every format; one that
+  is right for nothing stays known.
 - What is left out is counted and told, and anything else that is wrong is refused with its file and line.
 """
 
@@ -68,8 +70,18 @@ def read_pool(path: Path) -> Pool:
     }  # fmt: skip
     for name, reader in readers.items():
         if (path / name).is_file():
-            return reader(path / name)
+            return _withhold(reader(path / name))
     raise DataError(f"data: the folder {path} holds none of {', '.join(readers)}")
+
+
+def _withhold(pool: Pool) -> Pool:
+    """Withhold what is right for held-out queries only: those who train on all known documents would see it as wrong alone."""
+    trained, held = ({name for ask in asks for name in ask.relevant} for asks in (pool.train, pool.test))
+    if only := held - trained - pool.unseen:
+        pool.unseen |= only
+        told = f"{len(only)} documents that are right for held-out queries only are withheld"
+        pool.note = "; ".join(filter(None, (pool.note, told)))
+    return pool
 
 
 def _phrase(label: str) -> str:
@@ -173,19 +185,16 @@ def _esconv(file: Path) -> Pool:
 
 
 def _saycan(file: Path) -> Pool:
-    """Ahn et al. 2022: instruction and the steps so far -> the next skill; skills of held-out plans only are withheld."""
+    """Ahn et al. 2022: instruction and the steps so far -> the next skill."""
     plans = read_plans(file)
     held = held_out_instructions([instruction for _, instruction, _ in plans])
     pool = Pool("saycan", {}, [], [], note=f"a fixed fifth of the instructions held out: {len(held)}")
-    trained: set[str] = set()
     for line, instruction, skills in plans:
         part = "test" if instruction in held else "train"
         for i, skill in enumerate(skills):
             pool.documents.setdefault(skill, skill)
             getattr(pool, part).append(Ask(f"{part}-{line}-{i + 1}", progress(instruction, skills[:i]), {skill: 1}))
-        trained |= set(skills) if part == "train" else set()
     pool.documents = dict(sorted(pool.documents.items()))
-    pool.unseen = set(pool.documents) - trained
     return pool
 
 

@@ -37,7 +37,8 @@ def test_beir_joins_title_and_text_and_keeps_grades(beir):
     assert data.document_ids == ("a", "b", "c")
     assert data.documents == ("Tea grows in hills", "cats purr", "dogs bark")
     assert (data.train.ids, data.train.relevant, data.train.grades) == (("q1",), ((0, 1),), ((2, 1),))
-    assert (data.kind, data.licence, data.known.tolist()) == ("real", "not known to raysys", [0, 1, 2])
+    assert (data.kind, data.licence, data.known.tolist()) == ("real", "not known to raysys", [0, 1])
+    assert "1 documents that are right for held-out queries only are withheld" in data.note
     assert "left out: 1 documents without text" in data.note
     assert "left out: 1 queries of train.tsv without a relevant document" in data.note
 
@@ -73,7 +74,17 @@ def test_strategyqa_asks_for_facts_and_merges_what_is_repeated(tmp_path):
     merged = next(q for q in (data.train, data.test) if "is 3 odd?" in q.texts)
     facts = [data.documents[i] for i in merged.relevant[merged.texts.index("is 3 odd?")]]
     assert facts == ["numbers have parity", "fact 3", "three is odd"]
-    assert not data.unseen.any()
+    held = {i for right in data.test.relevant for i in right} - {i for right in data.train.relevant for i in right}
+    assert held == set(np.flatnonzero(data.unseen))
+    assert len(held) >= 4
+    assert f"{len(held)} documents that are right for held-out queries only are withheld" in data.note
+
+
+def test_a_document_that_is_right_for_nothing_stays_known_and_one_of_both_splits_too(beir):
+    (beir / "qrels/train.tsv").write_text(HEAD + "q1\ta\t1\n")
+    (beir / "qrels/test.tsv").write_text(HEAD + "q2\ta\t1\nq4\tc\t1\n")
+    data = load_retrieval(str(beir))
+    assert (data.documents[1], data.unseen.tolist()) == ("cats purr", [False, False, True])
 
 
 def test_esconv_asks_with_the_latest_turns_and_without_strategies_numbers_or_the_reply(tmp_path):
@@ -116,7 +127,7 @@ def test_saycan_asks_for_the_next_skill_and_withholds_those_of_held_out_plans(tm
     [
         ("banking77", (77, 7776, 3080), 17),
         ("clinc150", (150, 7500, 4500), 0),
-        ("strategyqa", (5515, 1648, 412), 0),
+        ("strategyqa", (5515, 1648, 412), 1088),
         ("esconv", (8, 2985, 2775), 0),
         ("saycan", (75, 401, 116), 7),
     ],

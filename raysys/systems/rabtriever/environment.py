@@ -151,11 +151,12 @@ def queries_of(env: SkillRetrieval) -> Retrieval:
 def success_rate(
     score: Score, episodes: int, seed: int, env: SkillRetrieval | None = None, allow: bool = True
 ) -> NDArray[np.float64]:
-    """(episodes,) 1 where the instruction was met within the time limit, else 0.
+    """(min(episodes, errands),) 1 where the instruction was met within the time limit, else 0.
 
     Args:
         score: observations (n texts) to scores (n, m), larger is better; ties go to the first skill.
-        episodes: errands are drawn without repetition as long as there are enough.
+        episodes: how many errands at most, each once: an errand begins and goes on alike every time, so a repetition would only
+            feign more of them.
         seed: which errands, and in which order.
         env: where, by default the generated household; its own state stays as it is.
         allow: choose among the skills that can be done, as SayCan does; else a refused one is tried until time is up.
@@ -166,11 +167,11 @@ def success_rate(
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
     first = env or SkillRetrieval()
-    order = np.resize(Seeds(seed).rng(Stream.SHUFFLE).permutation(len(first.errands)), episodes)
+    order = Seeds(seed).rng(Stream.SHUFFLE).permutation(len(first.errands))[:episodes]
     worlds = [copy.copy(first) for _ in order]
     for world, number in zip(worlds, order, strict=True):
         world.reset(options={"errand": int(number)})  # gives it a world of its own
-    met, running = np.zeros(episodes), list(range(episodes))
+    met, running = np.zeros(len(order)), list(range(len(order)))
     while running:
         scores = score([worlds[i].observation() for i in running])
         if scores.shape != (len(running), len(first.skills)):

@@ -116,6 +116,14 @@ def test_episodes_are_in_the_order_of_the_seed_and_leave_the_environment_as_it_w
     assert len(set(asked[0])) == 8
 
 
+def test_no_errand_is_carried_out_twice_however_many_episodes_are_asked_for():
+    env = SkillRetrieval("skills(test=40)")
+    asked = []
+    met = success_rate(lambda texts: asked.append(texts) or oracle(env)(texts), len(env.errands) + 50, 7, env)
+    assert met.shape == (len(env.errands),)
+    assert len(set(asked[0])) == len(asked[0]) == len(env.errands)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

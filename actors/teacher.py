@@ -33,6 +33,8 @@ from raysys.systems.rabtriever.teacher import Reranker
 
 PROMPTS = f"{FOLDER}/prompts.safetensors"
 """The parts of all prompts of a run, for its teachers."""
+RESTARTS = 10
+"""Deaths of one teacher that are survived; one that dies whenever it starts ends the run."""
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
@@ -111,7 +113,7 @@ class Teachers:
             )
         count = min(count, len(documents.length))
         home = np.arange(len(documents.length)) % count
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
         actor = ray.remote(Teacher).options(scheduling_strategy="SPREAD", **options)
         parts = {"documents": documents.units, "documents.length": documents.length}
         write_state(storage, PROMPTS, parts | {"queries": queries.units, "queries.length": queries.length})

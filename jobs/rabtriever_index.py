@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +26,9 @@ from raysys.runtime.sentences import UserError
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import Interval
 from raysys.systems.rabtriever.artifact import Retriever
-from raysys.systems.rabtriever.build import Builder
-from raysys.systems.rabtriever.versions import MOST_SHARDS, publish
+from raysys.systems.rabtriever.build import Builder, digest_of
+from raysys.systems.rabtriever.prompt import plain
+from raysys.systems.rabtriever.versions import MOST_SHARDS, local, publish
 
 
 class IndexConfig(ClusterJob):
@@ -60,8 +60,9 @@ class IndexConfig(ClusterJob):
     def check(self) -> None:
         if not self.run:
             raise ValueError("run: is missing; expected the folder of a run that train made")
-        if not is_file(self.corpus):
-            load_retrieval(self.corpus)
+        if self.index:
+            local(self.index)
+        read_corpus(self.corpus)
         Retriever.load(self.run)
 
 
@@ -74,7 +75,7 @@ def build_index(config: IndexConfig, run: Run, session: Session) -> None:
     session.release()
     retriever = Retriever.load(config.run)
     if config.index:
-        root = Path(config.index).expanduser()
+        root = local(config.index)
     elif run.storage.local is not None:
         root = run.storage.local / "index"
     else:
@@ -82,10 +83,12 @@ def build_index(config: IndexConfig, run: Run, session: Session) -> None:
     if run.stage("index").result is not None:
         return
     ids, texts = read_corpus(config.corpus)
-    folder = root / "versions" / config.version
-    # A build that was killed after its last step left a whole version: only what a run of its own has made is taken for that.
-    if not (run.resumed and folder.exists()):
-        builder = Builder(root, config.version, retriever.width, retriever.fingerprint, config.shards, config.kind)
+    source = digest_of([config.chunk, *zip(ids, texts, strict=True)])
+    # A build that was killed after its last step left a whole version: one of the same documents is what this run has made.
+    builder = Builder(
+        root, config.version, retriever.width, retriever.fingerprint, config.shards, config.kind, source, run.resumed
+    )
+    if not builder.done:
         starts = range(0, len(ids), config.chunk)
         missing = [number for number, _ in enumerate(starts) if not builder.has(number)]
         with Progress(len(starts), "index", unit="chunks", done=len(starts) - len(missing)) as progress:
@@ -93,7 +96,8 @@ def build_index(config: IndexConfig, run: Run, session: Session) -> None:
                 rows = slice(number * config.chunk, (number + 1) * config.chunk)
                 builder.put(number, ids[rows], texts[rows], vectors)
                 progress.advance()
-        folder = builder.finish()
+        builder.finish()
+    folder = builder.target
     if config.publish:
         publish(root, config.version)
     told = {
@@ -167,22 +171,36 @@ def read_corpus(corpus: str) -> tuple[list[str], list[str]]:
     """
     if not is_file(corpus):
         data = load_retrieval(corpus)
+        for name, text in zip(data.document_ids, data.documents, strict=True):
+            if not plain(text):
+                raise UserError(f"corpus: the document {name!r} of {corpus} has no words that a model could read")
         return list(data.document_ids), list(data.documents)
     found: dict[str, str] = {}
     with open(corpus, encoding="utf-8") as file:
         for line, words in enumerate(file, 1):
             if not words.strip():
                 continue
-            try:
-                told = json.loads(words)
-                name, text = str(told.get("_id", told.get("id", ""))), f"{told.get('title', '')} {told['text']}".strip()
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f'corpus: {corpus} line {line} is not {{"_id": ..., "text": ...}} ({error})') from error
-            if not name or not text or name in found:
-                raise UserError(
-                    f"corpus: {corpus} line {line} has no id, no text, or an id that an earlier line has ({name!r})"
-                )
+            name, text = _document(corpus, line, words)
+            if name in found:
+                raise UserError(f"corpus: {corpus} line {line} has the id {name!r}, which an earlier line has")
             found[name] = text
     if not found:
         raise UserError(f"corpus: got {corpus}; it holds no document")
     return list(found), list(found.values())
+
+
+def _document(corpus: str, line: int, words: str) -> tuple[str, str]:
+    try:
+        told = json.loads(words)
+        name, text, title = told.get("_id", told.get("id")), told["text"], told.get("title")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'corpus: {corpus} line {line} is not {{"_id": ..., "text": ...}} ({error})') from error
+    for field, value, kinds in (("_id", name, (str, int)), ("text", text, str), ("title", title, (str, type(None)))):
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f"corpus: {corpus} line {line} has {field} {json.dumps(value)[:80]}; expected a text")
+    whole = f"{title or ''} {text}".strip()
+    if name == "" or not plain(whole):
+        raise UserError(
+            f"corpus: {corpus} line {line} has {'no id' if name == '' else 'no words that a model could read'}"
+        )
+    return str(name), whole

@@ -25,6 +25,7 @@ from raysys.runtime.statistics import bootstrap
 from raysys.systems.rabtriever import claims
 from raysys.systems.rabtriever.artifact import Retriever
 from raysys.systems.rabtriever.environment import SkillRetrieval, success_rate
+from raysys.systems.rabtriever.task import trained_on
 
 Score = Callable[[list[str]], np.ndarray]
 
@@ -34,10 +35,10 @@ class RobotConfig(ClusterJob):
 
     run: str = ""
     """Run folder (path or URI) that `train --data skills` (or SayCan's folder) made."""
-    data: str = "skills"
-    """skills, skills(...), or a folder with SayCan's plans: whose instructions and skills."""
+    data: str = ""
+    """skills, skills(...), or a folder with SayCan's plans; by default what the run was trained on."""
     episodes: int = Field(100, ge=1)
-    """Errands played by each retriever."""
+    """Errands played by each retriever at most; each is played once."""
 
     @property
     def distributed(self) -> bool:
@@ -46,25 +47,29 @@ class RobotConfig(ClusterJob):
     def check(self) -> None:
         if not self.run:
             raise ValueError("run: is missing; expected the folder of a run that train --data skills made")
-        SkillRetrieval(self.data)
-        Retriever.load(self.run)
+        SkillRetrieval(trained_on(Retriever.load(self.run).told.data, self.data))
 
 
 def robot(config: RobotConfig, run: Run, session: Session) -> None:
     """Every retriever on the same errands."""
     torch.set_num_threads(1)
-    world, retriever = SkillRetrieval(config.data), Retriever.load(config.run)
+    retriever = Retriever.load(config.run)
+    source = trained_on(retriever.told.data, config.data)
+    world = SkillRetrieval(source)
+    played = min(
+        config.episodes, len(world.errands)
+    )  # what happens in an errand is certain: again would tell nothing new
     skills = [skill.text for skill in world.skills]
     rows = []
     for name, score in scorers(retriever, skills, config.seed).items():
         line: dict[str, Any] = {"retriever": name}
         for label, allow in (("among feasible skills", True), ("among all skills", False)):
-            met = success_rate(score, config.episodes, config.seed, world, allow)
+            met = success_rate(score, played, config.seed, world, allow)
             found = bootstrap(met, lambda sample: float(sample.mean()), Seeds(config.seed).rng(Stream.SHUFFLE))
-            run.row("success rate", found, method=name, data=config.data, skills=label)
+            run.row("success rate", found, method=name, data=source, skills=label)
             line[f"success {label} (%)"] = claims.percent(found)
         rows.append(line)
-    run.grid(f"{config.data}: {config.episodes} errands over {len(skills)} skills, 95 % bootstrap over errands", rows)
+    run.grid(f"{source}: {played} errands over {len(skills)} skills, 95 % bootstrap over errands", rows)
 
 
 def scorers(retriever: Retriever, skills: list[str], seed: int) -> dict[str, Score]:

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 
 from jobs.cli import ClusterJob, Commands
+from jobs.rabtriever_compare import teacher_state
 from jobs.sweeps import SweepFlags, run_sweep
-from raysys.data.retrieval import Queries, Retrieval, load_retrieval, write_run
+from raysys.data.retrieval import Retrieval, load_retrieval, write_run
 from raysys.nn.pretrained import MINILM, load_base
 from raysys.runtime.checkpoint import read_state, write_state
 from raysys.runtime.config import Config
@@ -29,11 +30,10 @@ from raysys.systems.rabtriever.artifact import Retriever
 from raysys.systems.rabtriever.contest import METRICS, contest, examine
 from raysys.systems.rabtriever.cost import WAYS, Shape, measure
 from raysys.systems.rabtriever.examples import Examples
-from raysys.systems.rabtriever.learners import TeacherLearner
 from raysys.systems.rabtriever.metrics import measure as measure_ranking
-from raysys.systems.rabtriever.reader import make_backbone, make_reader, merged, with_state
+from raysys.systems.rabtriever.reader import Reader, make_backbone, make_reader, merged, with_state
 from raysys.systems.rabtriever.setting import Setting
-from raysys.systems.rabtriever.task import load_data, make_problem
+from raysys.systems.rabtriever.task import Problem, load_data, make_problem, pick_queries, trained_on
 
 # ---------------------------------------------------------------- evaluate
 
@@ -43,8 +43,8 @@ class EvaluateConfig(ClusterJob):
 
     run: str = ""
     """Run folder (path or URI) that `train` made."""
-    data: str = "rationale"
-    """Data set, as for train; its test queries are asked."""
+    data: str = ""
+    """Data set, as for train, whose test queries are asked; by default the one that the run was trained on."""
     rerank: int = Field(10, ge=0)
     """The teacher reads the student's best so many documents again, as in serving; 0 leaves that out."""
     depth: int = Field(100, ge=1)
@@ -57,13 +57,14 @@ class EvaluateConfig(ClusterJob):
     def check(self) -> None:
         if not self.run:
             raise ValueError("run: is missing; expected the folder of a run that train made")
-        load_retrieval(self.data)
-        Retriever.load(self.run)
+        load_retrieval(trained_on(Retriever.load(self.run).told.data, self.data))
 
 
 def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
     """Scores of each method, measured and written."""
-    retriever, data = Retriever.load(config.run), load_retrieval(config.data)
+    retriever = Retriever.load(config.run)
+    source = trained_on(retriever.told.data, config.data)
+    data = load_retrieval(source)
     u, c = retriever.queries(data.test.texts)
     student = u @ retriever.documents(data.documents).T + c[:, None]
     scores = {"student": student, "bm25": baselines.bm25(data), "dense": baselines.dense(data, load_base(MINILM))}
@@ -71,12 +72,14 @@ def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
         scores[f"student, teacher rereads {config.rerank}"] = reread(retriever, data, student, config.rerank)
     lines = []
     for method, found in scores.items():
+        itself = np.flatnonzero(data.test.itself >= 0)
+        found[itself, data.test.itself[itself]] = -np.inf  # a query's own text is no answer, in the run files either
         values = measure_ranking(found, data.test)
         line: dict[str, Any] = {"method": method}
         for metric in METRICS:
             each = values[metric][~np.isnan(values[metric])]
             interval = bootstrap(each, lambda sample: float(sample.mean()), Seeds(config.seed).rng(Stream.SHUFFLE))
-            run.row(metric, interval, method=method, data=config.data)
+            run.row(metric, interval, method=method, data=source)
             line[metric] = claims.percent(interval)
         lines.append(line)
         name = "".join(letter if letter.isalnum() else "-" for letter in method)
@@ -193,24 +196,14 @@ def saved(run: Run, seed: int) -> dict[str, torch.Tensor]:
 
 def train_teacher(setting: Setting, seed: int, storage: Any) -> dict[str, Any]:
     """Train and save a teacher of the sweep."""
-    state = teacher_state(validation(setting, seed), seed)
+    torch.set_num_threads(1)
+    reader, problem = validation(setting, seed)
+    state = teacher_state(setting, seed, reader, problem)
     return {"digest": write_state(storage, f"teachers/{seed}.safetensors", state)}
 
 
-def teacher_state(setting_problem: tuple[Setting, Any, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Trained weights of a teacher."""
-    setting, reader, problem = setting_problem
-    torch.set_num_threads(1)
-
-    def make(device: str) -> TeacherLearner:
-        backbone = make_backbone(setting.teacher, reader, seed)
-        return TeacherLearner(setting.teacher, backbone, problem.examples, problem.documents, problem.train, seed)
-
-    return fit_here(None, make, Spread())
-
-
-def validation(setting: Setting, seed: int) -> tuple[Setting, Any, Any]:
-    """Setting, reader and problem; a fifth of the training queries, a seeded choice, takes the place of the test queries."""
+def validation(setting: Setting, seed: int) -> tuple[Reader, Problem]:
+    """Reader and problem in which a fifth of the training queries, a seeded choice, are in place of the test queries."""
     reader = make_reader(setting.teacher)
     whole = make_problem(setting, seed, reader)
     n = len(whole.data.train)
@@ -219,15 +212,7 @@ def validation(setting: Setting, seed: int) -> tuple[Setting, Any, Any]:
     parts = [pick_queries(whole.data.train, np.flatnonzero(chosen)) for chosen in (~held, held)]
     data = replace(whole.data, train=parts[0], test=parts[1])
     train, test = (whole.train.pick(torch.from_numpy(np.flatnonzero(chosen))) for chosen in (~held, held))
-    return setting, reader, replace(whole, data=data, examples=Examples.of(data), train=train, test=test)
-
-
-def pick_queries(queries: Queries, rows: np.ndarray) -> Queries:
-    """Some of the queries."""
-    ids, texts, relevant, grades = (
-        tuple(values[i] for i in rows) for values in (queries.ids, queries.texts, queries.relevant, queries.grades)
-    )
-    return Queries(ids, texts, relevant, grades, queries.itself[rows])
+    return reader, replace(whole, data=data, examples=Examples.of(data), train=train, test=test)
 
 
 def trial(
@@ -239,12 +224,11 @@ def trial(
     torch.set_num_threads(1)
     measured = []
     for seed in seeds:
-        made = validation(changed, seed)
-        backbone = make_backbone(changed.teacher, made[1], seed)
-        with_state(backbone, shared.get(seed) or teacher_state(made, seed))
-        found = contest(
-            changed, seed, examine(merged(backbone), made[2], 0), ["student"], partial(fit_here, None, config=Spread())
-        )
+        reader, problem = validation(changed, seed)
+        state = shared.get(seed) or teacher_state(changed, seed, reader, problem)
+        backbone = merged(with_state(make_backbone(changed.teacher, reader, seed), state))
+        fit = partial(fit_here, None, config=Spread())
+        found = contest(changed, seed, examine(backbone, problem, 0), ["student"], fit, 0)
         measured.append({m: float(np.nanmean(np.array(found["values"]["student"][m], float))) for m in METRICS})
     report(1, **{m: float(np.mean([one[m] for one in measured])) for m in METRICS})
 

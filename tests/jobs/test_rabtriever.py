@@ -16,6 +16,8 @@ import pytest
 
 from jobs import rabtriever
 from raysys.data.retrieval import load_retrieval
+from raysys.runtime.sentences import UserError
+from raysys.runtime.session import Session
 from raysys.systems.rabtriever.artifact import FOLDER, Retriever
 from raysys.systems.rabtriever.build import Builder
 from raysys.systems.rabtriever.presets import PRESETS
@@ -35,6 +37,8 @@ REFUSED = {
     "a loss that is zero": ["train", "--student.mse-weight", "0", "--student.kl-weight", "0"],
     "samples of the forward KL": ["train", "--student.kl", "forward", "--student.kl-samples", "4"],
     "no such model": ["train", "--teacher.model", "/nowhere"],
+    "workers that do not divide the blocks": ["train", "--train.workers", "3"],
+    "preferences under ZeRO 3": ["train", "--teacher.objective", "sft+dpo", "--train.deepspeed", "zero3"],
     "unknown method": ["compare", "--methods", "student", "teacher", "oracle"],
     "nothing to compare": ["compare", "--methods", "bm25"],
     "evaluate without a run": ["evaluate"],
@@ -112,7 +116,7 @@ def test_a_run_leaves_a_summary_a_report_and_a_retriever(trained: Path) -> None:
 def test_what_was_trained_is_evaluated_indexed_and_found_again(
     trained: Path, tmp_path: Path, ray_cluster: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    words = ["evaluate", "--run", str(trained), "--data", DATA, "--no-wandb", "--out", str(tmp_path), "--rerank", "3"]
+    words = ["evaluate", "--run", str(trained), "--no-wandb", "--out", str(tmp_path), "--rerank", "3"]
     code, _ = call(words, monkeypatch, capsys)
     assert code == 0
     (run,) = tmp_path.glob("rabtriever-evaluate-*")
@@ -138,6 +142,20 @@ def test_what_was_trained_is_evaluated_indexed_and_found_again(
         best = [data.document_ids[i] for i in np.argsort(-exact, kind="stable")[:5]]
         np.testing.assert_allclose([-s for s, _ in merged[:5]], np.sort(exact)[::-1][:5], rtol=1e-5, atol=1e-4)
         assert [name for _, name in merged[:5]] == best
+
+
+def test_a_retriever_is_not_judged_on_another_draw_of_its_task(trained: Path, monkeypatch: Any, capsys: Any) -> None:
+    code, told = call(["evaluate", "--run", str(trained), "--data", "rationale(seed=7)"], monkeypatch, capsys)
+    assert code == 2
+    assert "another rule" in told.err
+
+
+def test_workers_and_teachers_that_do_not_fit_are_refused_before_training(ray_cluster: Any, tmp_path: Path) -> None:
+    config = rabtriever.TrainConfig.of({"teachers": 1000, "out": str(tmp_path)})
+    session = Session(config.cluster)
+    session.embedded = True
+    with pytest.raises(UserError, match="1 workers and 1000 teachers need 1001 CPUs"):
+        config.check_room(session)
 
 
 def test_an_index_goes_on_where_a_failed_build_stopped(
@@ -196,7 +214,18 @@ def test_the_cost_study_says_that_the_student_does_not_read_documents(
 def test_a_robot_plays_errands_with_every_retriever(
     trained: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    words = ["robot", "--run", str(trained), "--episodes", "3", "--no-wandb", "--out", str(tmp_path)]
+    words = [
+        "robot",
+        "--run",
+        str(trained),
+        "--data",
+        "skills",
+        "--episodes",
+        "3",
+        "--no-wandb",
+        "--out",
+        str(tmp_path),
+    ]
     code, told = call(words, monkeypatch, capsys)
     assert code == 0, told.err
     (run,) = tmp_path.glob("rabtriever-robot-*")
@@ -242,7 +271,7 @@ def test_a_sweep_tunes_on_held_out_queries_and_shares_a_teacher(
 
 @pytest.mark.slow
 def test_a_comparison_measures_every_method(tmp_path: Path, ray_cluster: Any, monkeypatch: Any, capsys: Any) -> None:
-    words = ["compare", *SMALL, "--seeds", "2", "--out", str(tmp_path)]
+    words = ["compare", *SMALL, "--seeds", "2", "--baseline-steps", "3", "--test", "30", "--out", str(tmp_path)]
     code, told = call(words, monkeypatch, capsys)
     assert code == 0, told.err
     (run,) = tmp_path.glob("rabtriever-compare-*")

@@ -10,6 +10,7 @@
 Notable choices
 - A chunk is a file per shard, written under another name, flushed and renamed, with a SHA-256 in front: it is whole or not
   there. `finish` writes the index files, the manifests last, and renames the folder into place.
+- `build.json` is written first: chunks of other documents, or cut otherwise, never get into a version.
 - Documents are dealt to shards by a hash of their id (`shard_of`), so that later changes of one find it.
 - The same chunks give the same bytes, however often the build was interrupted; a graph only with threads=1.
 """
@@ -18,11 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import faiss
 import numpy as np
@@ -30,21 +30,23 @@ from numpy.typing import NDArray
 
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage, flush_folder
+from raysys.systems.rabtriever.chunks import Chunk, read_chunk, whole, write_chunk
 from raysys.systems.rabtriever.index import F32, Kind
 from raysys.systems.rabtriever.journal import segments
 from raysys.systems.rabtriever.manifest import FORMAT, GRAPH, MANIFEST, id_hash, joined, sha256
 from raysys.systems.rabtriever.versions import Root, shard_folder, shard_of
 
+BUILD = "build.json"
 NEIGHBOURS, EF_BUILD = 32, 200
 """Of the graph: links per document and layer, and candidates looked at while linking."""
 
 
-class Chunk(NamedTuple):
-    """Some documents: ids (m,), texts (m,), vectors (m, d) float32."""
-
-    ids: Sequence[str]
-    texts: Sequence[str]
-    vectors: F32
+def digest_of(parts: Iterable[Any]) -> str:
+    """SHA-256 of values that JSON can write, one after the other."""
+    told = hashlib.sha256()
+    for part in parts:
+        told.update(json.dumps(part).encode() + b"\n")
+    return told.hexdigest()
 
 
 class Builder:
@@ -55,9 +57,12 @@ class Builder:
         version: name of the version.
         width, fingerprint, shards: as those of the root, which keeps them for life; shards None means the root's, or 1.
         kind: `flat` or `hnsw`.
+        source: digest of the documents and how they are cut (`digest_of`); chunks of another one are refused.
+        again: a version of the same digest may be there; then `done` is true, and there is nothing to put or finish.
 
     Raises:
-        UserError: a value is not allowed, the version exists, or the root has another width, fingerprint or number of shards.
+        UserError: a value is not allowed, the version exists, a build of it has another digest, or the root has another width,
+            fingerprint or number of shards.
     """
 
     def __init__(
@@ -68,22 +73,43 @@ class Builder:
         fingerprint: str,
         shards: int | None = None,
         kind: Kind = "flat",
+        source: str = "",
+        again: bool = False,
     ) -> None:
         if kind not in ("flat", "hnsw"):
             raise UserError(f"kind: got {kind!r}; expected flat or hnsw")
         self.root = Root.make(root, width, fingerprint, shards)
         self.target = self.root.version_folder(version)
-        if self.target.exists():
-            raise UserError(f"version: got {version!r}; {self.root.folder} has one of that name, choose another")
         self.kind, self.version = kind, version
+        self.digest = digest_of([source, fingerprint, kind, width, self.root.shards])
         self.folder = self.root.folder / "building" / version
+        self.done = self.target.exists()
+        if self.done and not (again and self.root.check(version).get("digest") == self.digest):
+            raise UserError(f"version: got {version!r}; {self.root.folder} has one of that name, choose another")
+        if not self.done:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Note what is built, before anything of it is there."""
+        if not self.folder.exists():
+            Storage(self.folder).write_bytes(BUILD, json.dumps({"digest": self.digest}).encode())
+        path = self.folder / BUILD
+        try:
+            same = json.loads(path.read_bytes())["digest"] == self.digest
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise UserError(
+                f"version: got {self.version!r}; {self.folder} holds a build of other documents, chunks, model or kind, delete it"
+                " or choose another name"
+            )
 
     def _files(self, chunk: int) -> list[Path]:
         return [self.folder / shard_folder(s) / f"chunk-{chunk:08d}" for s in range(self.root.shards)]
 
     def has(self, chunk: int) -> bool:
         """Whether a chunk is there, whole, in every shard."""
-        return all(path.is_file() and _whole(path) for path in self._files(chunk))
+        return all(path.is_file() and whole(path) for path in self._files(chunk))
 
     def put(self, chunk: int, ids: Sequence[str], texts: Sequence[str], vectors: F32) -> None:
         """Write chunk number `chunk`, over one that may be there; durable when it returns.
@@ -104,7 +130,7 @@ class Builder:
         shard = np.array([shard_of(id, self.root.shards) for id in ids], np.int64)
         for s, path in enumerate(self._files(chunk)):
             rows = np.flatnonzero(shard == s).tolist()
-            _write_chunk(path, Chunk([ids[i] for i in rows], [texts[i] for i in rows], vectors[rows]))
+            write_chunk(path, Chunk([ids[i] for i in rows], [texts[i] for i in rows], vectors[rows]))
 
     def finish(self, threads: int = 1) -> Path:
         """Make the version of all chunks, which must be numbered from 0 without a gap.
@@ -130,7 +156,8 @@ class Builder:
         for s in range(self.root.shards):
             for path in (self.folder / shard_folder(s)).glob("chunk-*"):
                 path.unlink()
-        total = {"format": FORMAT, "shards": self.root.shards, "kind": self.kind, "m": sum(one["m"] for one in made)}
+        told = {"format": FORMAT, "shards": self.root.shards, "kind": self.kind, "digest": self.digest}
+        total = told | {"m": sum(one["m"] for one in made)}
         return self.root.settle(self.folder, self.version, total)
 
 
@@ -142,7 +169,7 @@ class _Parts:
 
     def __iter__(self) -> Iterator[Chunk]:
         for i in range(self.count):
-            yield _read_chunk(self.folder / f"chunk-{i:08d}", self.width)
+            yield read_chunk(self.folder / f"chunk-{i:08d}", self.width)
 
 
 def write_index(
@@ -186,7 +213,7 @@ def write_index(
         _write_graph(folder, m, width, threads)
         names.append(GRAPH)
     for name in names:
-        _flush(folder / name)
+        flush_folder(folder / name)  # a file as well
     manifest: dict[str, Any] = {
         "format": FORMAT, "kind": kind, "m": m, "d": width, "fingerprint": fingerprint, "largest_norm": largest,
         "journal": journal, "files": {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in names},
@@ -222,57 +249,6 @@ def _write_graph(folder: Path, m: int, width: int, threads: int) -> None:
     finally:
         faiss.omp_set_num_threads(before)
     faiss.write_index(graph, str(folder / GRAPH))
-
-
-# ---------------------------------------------------------------- chunks as files
-
-
-def _write_chunk(path: Path, chunk: Chunk) -> None:
-    ids, ids_blob = joined(chunk.ids)
-    texts, texts_blob = joined(chunk.texts)
-    body = b"".join(
-        [ids.tobytes(), texts.tobytes(), np.ascontiguousarray(chunk.vectors).tobytes(), ids_blob, texts_blob]
-    )
-    head = {"m": len(chunk.ids), "ids": len(ids_blob), "sha256": hashlib.sha256(body).hexdigest()}
-    Storage(path.parent).write_bytes(path.name, json.dumps(head).encode() + b"\n" + body)
-
-
-def _split(path: Path) -> tuple[dict[str, Any], bytes]:
-    head, _, body = path.read_bytes().partition(b"\n")
-    try:
-        told: dict[str, Any] = json.loads(head)
-        if hashlib.sha256(body).hexdigest() == told["sha256"]:
-            return told, body
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"index: {path} is no whole chunk ({error}); put it again") from error
-    raise UserError(f"index: {path} is no whole chunk (its SHA-256 is another one); put it again")
-
-
-def _whole(path: Path) -> bool:
-    try:
-        _split(path)
-    except UserError:
-        return False
-    return True
-
-
-def _read_chunk(path: Path, width: int) -> Chunk:
-    told, body = _split(path)
-    m, view = int(told["m"]), memoryview(body)
-    ids, texts = np.frombuffer(view[: 8 * (m + 1)], np.int64), np.frombuffer(view[8 * (m + 1) : 16 * (m + 1)], np.int64)
-    at = 16 * (m + 1) + 4 * m * width
-    vectors = np.frombuffer(view[16 * (m + 1) : at], np.float32).reshape(m, width)
-    blobs = view[at : at + int(told["ids"])], view[at + int(told["ids"]) :]
-    found = [[str(b[o[i] : o[i + 1]], "utf-8") for i in range(m)] for o, b in zip((ids, texts), blobs, strict=True)]
-    return Chunk(found[0], found[1], vectors)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_build(root: str | Path, version: str) -> None:

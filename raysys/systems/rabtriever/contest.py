@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raysys.data.retrieval import Queries
 from raysys.nn.pretrained import MINILM, load_base
 from raysys.systems.rabtriever import baselines, controls
 from raysys.systems.rabtriever.backbone import Backbone, joined
 from raysys.systems.rabtriever.cross_encoder import cross_encoder
+from raysys.systems.rabtriever.examples import spread
 from raysys.systems.rabtriever.learners import Frozen, StudentLearner
 from raysys.systems.rabtriever.metrics import measure
 from raysys.systems.rabtriever.setting import Setting, StudentSetting
 from raysys.systems.rabtriever.targets import LocalTargets
-from raysys.systems.rabtriever.task import Problem, energies, student_scores
+from raysys.systems.rabtriever.task import Problem, energies, pick_queries, source_of, student_scores
 from raysys.systems.rabtriever.teacher import Reranker
 
 F32 = NDArray[np.float32]
@@ -59,6 +59,8 @@ OTHERS = (
     "late_interaction",
     "cross_encoder",
 )
+TAUGHT = ("teacher", "teacher_eq9", "hyper", "classifier")
+"""Methods beside the students that use the teacher or its states."""
 METHODS = (*STUDENTS, *OTHERS)
 METRICS = ("recall@1", "recall@3", "recall@5", "recall@10", "mrr@10", "ndcg@10")
 TOP, ASKED = 10, 50
@@ -107,7 +109,8 @@ def examine(backbone: Backbone, problem: Problem, shortlist: int) -> Trained:
 
 
 def contest(
-    setting: Setting, seed: int, trained: Trained, methods: list[str], fit: Callable[..., dict[str, torch.Tensor]]
+    setting: Setting, seed: int, trained: Trained, methods: list[str], fit: Callable[..., dict[str, torch.Tensor]],
+    steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of all methods, measured: by method the values of each test query, CPU seconds, fidelity to the teacher."""
     problem, data = trained.problem, trained.problem.data
@@ -117,7 +120,7 @@ def contest(
     fidelity: dict[str, dict[str, float]] = {}
     kept: dict[str, F32] = {}
     for method in methods:
-        began, test = time.process_time(), data.test
+        began, asked = time.process_time(), np.arange(len(data.test))
         if method in STUDENTS:
             changed = StudentSetting.of(setting.student.model_dump() | STUDENTS[method])
             if changed == setting.student and "student" in kept:
@@ -141,39 +144,34 @@ def contest(
         elif method == "dense":
             scores = baselines.dense(data, base)
         elif method == "cross_encoder":
-            test = first_queries(data.test, ASKED)
-            best = kept["bi_encoder"] if "bi_encoder" in kept else baselines.bi_encoder(data, base, seed)
-            shortlist = best[: len(test)].argsort(1)[:, ::-1][:, :TOP].copy()
-            scores = cross_encoder(replace(data, test=test), base, shortlist, seed)
+            asked = spread(len(data.test), ASKED)
+            best = kept["bi_encoder"] if "bi_encoder" in kept else baselines.bi_encoder(data, base, seed, steps)
+            shortlist = best[asked].argsort(1)[:, ::-1][:, :TOP].copy()
+            scores = cross_encoder(replace(data, test=pick_queries(data.test, asked)), base, shortlist, seed)
         else:
-            scores = (baselines.bi_encoder if method == "bi_encoder" else baselines.late_interaction)(data, base, seed)
+            train = baselines.bi_encoder if method == "bi_encoder" else baselines.late_interaction
+            scores = train(data, base, seed, steps)
         cpu[method] = time.process_time() - began
-        kept[method] = scores
-        found = measure(scores, test)
-        values[method] = {name: [None if np.isnan(v) else float(v) for v in found[name]] for name in METRICS}
+        if method in ("student", "bi_encoder"):
+            kept[method] = scores
+        found = measure(scores, pick_queries(data.test, asked))
+        values[method] = {name: [None] * len(data.test) for name in METRICS}
+        for name in METRICS:
+            for place, value in zip(asked, found[name], strict=True):
+                values[method][name][place] = None if np.isnan(value) else float(value)
     return {
         "values": values, "cpu_s": cpu, "fidelity": fidelity, "documents": len(data.documents), "queries": len(data.test),
+        "fixed": source_of(setting.data, 0) == source_of(setting.data, 1),
         "unseen": [bool(data.unseen[list(row)].all()) for row in data.test.relevant], "withheld": int(data.unseen.sum()),
         "name": data.name, "note": data.note, "width": trained.frozen.documents.shape[1],
     }  # fmt: skip
-
-
-def first_queries(queries: Queries, count: int) -> Queries:
-    """The first `count` queries."""
-    return Queries(
-        queries.ids[:count],
-        queries.texts[:count],
-        queries.relevant[:count],
-        queries.grades[:count],
-        queries.itself[:count],
-    )
 
 
 def agreement(student: F32, teacher: F32) -> dict[str, float]:
     """How alike two rankings are: share of queries with the same first document, and mean Kendall tau-b over documents."""
     from scipy.stats import kendalltau
 
-    rows = np.arange(min(200, len(student)))
+    rows = spread(len(student), 200)
     taus = []
     for i in rows:
         both = np.isfinite(teacher[i])

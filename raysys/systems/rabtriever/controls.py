@@ -23,13 +23,18 @@ F32 = NDArray[np.float32]
 def classifier(train: Tensor, examples: Examples, test: Tensor, documents: int) -> F32:
     """Multinomial logistic regression on query vectors (n, e): the reference for small closed pools.
 
-    A document that is right for no training query is a class that it does not know: -inf.
+    A query with several right documents is an example of each. A document that is right for no training query is a class that
+    it does not know: -inf; where all queries have the same right document, that one has probability 1.
     """
     from sklearn.linear_model import LogisticRegression
 
-    label = np.array([row[0] for row in examples.positives])
-    fitted = LogisticRegression(C=10.0, max_iter=300).fit(train.numpy(), label)
+    rows = np.repeat(np.arange(len(examples)), [len(row) for row in examples.positives])
+    label = np.concatenate(examples.positives)
     scores = np.full((len(test), documents), -np.inf, dtype=np.float32)
+    if (label == label[0]).all():
+        scores[:, label[0]] = 0.0
+        return scores
+    fitted = LogisticRegression(C=10.0, max_iter=300).fit(train.numpy()[rows], label)
     scores[:, fitted.classes_] = fitted.predict_log_proba(test.numpy())
     return scores
 

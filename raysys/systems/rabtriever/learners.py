@@ -3,7 +3,7 @@
 Shapes: b queries per block, K documents each, d hidden size, V vocabulary, n training queries, m documents.
 
 Notable choices
-- A step's batch is cut into BLOCKS blocks whatever the number of workers, and every draw is a function of (seed, step, block).
+- A step's batch is cut into blocks whatever the number of workers, and every draw is a function of (seed, step, block).
 - The student's documents are on-policy: every `refresh` steps it searches with its own current vectors, and the teacher is asked
   about what it found (the retrieval analogue of sampling from the student's policy; the paper scores all documents [P]).
 - The teacher of a student is never touched: its states come through `Targets`, from this process or from actors.
@@ -28,8 +28,6 @@ from raysys.systems.rabtriever.predictor import Predictor
 from raysys.systems.rabtriever.setting import StudentSetting, TeacherSetting, cosine
 from raysys.systems.rabtriever.targets import Targets
 
-BLOCKS = 4
-"""Of the teacher's steps; a student's have half as many, being smaller."""
 PREFERENCES = 1 << 40
 """Added to the seed for the second stage, so that it does not see the batches of the first again."""
 SAMPLE = 256
@@ -39,14 +37,12 @@ SAMPLE = 256
 class TeacherLearner:
     """Supervised fine-tuning of the reranker on answers (LaHoRe [P]); with `reference`, preferences against it (DPO)."""
 
-    blocks = BLOCKS
-
     def __init__(
         self, setting: TeacherSetting, backbone: Backbone, examples: Examples, documents: Part, queries: Part, seed: int,
         preferences: bool = False,
     ) -> None:  # fmt: skip
         self.setting, self.examples, self.documents, self.queries = setting, examples, documents, queries
-        self.module = backbone.train()
+        self.module, self.blocks = backbone.train(), setting.blocks
         self.seeds = Seeds(seed + PREFERENCES if preferences else seed)
         self.reference = copy.deepcopy(backbone).eval().requires_grad_(False) if preferences else None
         self.steps = setting.dpo_steps if preferences else setting.steps
@@ -58,7 +54,7 @@ class TeacherLearner:
 
     def loss(self, step: int, block: int) -> Tensor:
         backbone, device = self.module, self.module.device
-        count = -(-self.setting.batch // BLOCKS)
+        count = -(-self.setting.batch // self.blocks)
         rows = self.examples.queries(self.seeds, step, block, count)
         found, also = self.examples.groups(self.seeds, step, block, rows, self.others)
         k = found.shape[1]
@@ -109,8 +105,6 @@ class Frozen:
 class StudentLearner:
     """Distil the teacher into a predictor, or train the same predictor on labels alone (loss infonce: the control)."""
 
-    blocks = BLOCKS // 2
-
     def __init__(
         self,
         setting: StudentSetting,
@@ -121,6 +115,7 @@ class StudentLearner:
         device: str = "cpu",
     ) -> None:
         self.setting, self.examples, self.targets, self.steps = setting, examples, targets, setting.steps
+        self.blocks = setting.blocks
         self.seeds = Seeds(seed)
         self.frozen = Frozen(
             frozen.queries.to(device), frozen.documents.to(device), frozen.head.to(device), frozen.labels

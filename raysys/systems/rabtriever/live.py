@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysys.runtime.sentences import UserError
-from raysys.systems.rabtriever.build import Chunk, write_index
+from raysys.systems.rabtriever.build import write_index
+from raysys.systems.rabtriever.chunks import Chunk
 from raysys.systems.rabtriever.index import EF, F32, Tail, VectorIndex, best
 from raysys.systems.rabtriever.journal import Change, Journal, segments
 from raysys.systems.rabtriever.manifest import FORMAT

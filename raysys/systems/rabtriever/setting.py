@@ -45,6 +45,8 @@ class TeacherSetting(Config):
     """Queries per step, each with one positive and --negatives other documents."""
     negatives: int = Field(7, ge=0)
     """Negatives per query and step; 0: all other documents [P: 1:all]."""
+    blocks: int = Field(4, ge=1)
+    """Parts that a step is cut into: the number of training workers must divide it. It touches the numbers, workers do not."""
     lr: float = Field(2e-3, gt=0)
     """Peak step size: warm-up over a tenth of the steps, then cosine. A pretrained language model wants 1e-6 [P] to 1e-5."""
     auxiliary: float = Field(2.0, ge=0)
@@ -101,6 +103,8 @@ class StudentSetting(Config):
     """Optimizer steps."""
     batch: int = Field(64, ge=1)
     """Queries per step."""
+    blocks: int = Field(2, ge=1)
+    """Parts that a step is cut into, as for the teacher."""
     lr: float = Field(2e-3, gt=0)
     """Peak step size; warm-up over a tenth of the steps, then cosine. The paper's 1e-6 moves a new MLP nowhere."""
 

@@ -5,6 +5,7 @@ Shapes: n queries of a split, m documents, d hidden size.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,6 @@ from raysys.systems.rabtriever.predictor import Predictor, oracle
 from raysys.systems.rabtriever.reader import Reader
 from raysys.systems.rabtriever.setting import Setting
 from raysys.systems.rabtriever.targets import Targets
-from raysys.systems.rabtriever.teacher import Reranker
 
 F32 = NDArray[np.float32]
 
@@ -45,6 +45,23 @@ def source_of(data: str, seed: int) -> str:
     return f"{name.strip()}({options + ', ' if options.strip() else ''}seed={seed})"
 
 
+def trained_on(source: str, asked: str) -> str:
+    """What to ask a retriever that was trained on `source`: `asked`, or its own data where only their kind is asked for.
+
+    Raises:
+        ValueError: a generated task of another draw is asked for: its hidden rule is another one.
+    """
+    name, _, options = asked.rstrip(")").partition("(")
+    own = source.partition("(")[0]
+    if not asked or (name.strip() == own and own in GENERATED and not options.strip()):
+        return source
+    if name.strip() == own and own in GENERATED and asked.replace(" ", "") != source.replace(" ", ""):
+        raise ValueError(
+            f"data: got {asked!r}; this retriever was trained on {source!r}, and another draw has another rule"
+        )
+    return asked
+
+
 def load_data(setting: Setting, seed: int) -> Retrieval:
     """The data of a setting, cut down to the numbers of queries asked for.
 
@@ -52,8 +69,13 @@ def load_data(setting: Setting, seed: int) -> Retrieval:
         DataError: it cannot be read.
     """
     data = load_retrieval(source_of(setting.data, seed))
-    rng = Seeds(seed).rng(Stream.PARTITION)
-    return replace(data, train=_chosen(data.train, setting.queries, rng), test=_chosen(data.test, setting.test, rng))
+    chosen = {
+        "train": _chosen(len(data.train), setting.queries, Seeds(seed)),
+        "test": _chosen(
+            len(data.test), setting.test, Seeds(0)
+        ),  # the same for all seeds, so that these can be paired by query
+    }
+    return replace(data, train=pick_queries(data.train, chosen["train"]), test=pick_queries(data.test, chosen["test"]))
 
 
 def make_problem(setting: Setting, seed: int, reader: Reader) -> Problem:
@@ -63,29 +85,24 @@ def make_problem(setting: Setting, seed: int, reader: Reader) -> Problem:
     return Problem(data, Examples.of(data), *parts)
 
 
-def _chosen(queries: Queries, count: int, rng: np.random.Generator) -> Queries:
-    if not count or count >= len(queries):
-        return queries
-    rows = np.sort(rng.permutation(len(queries))[:count])
-    return Queries(
-        tuple(queries.ids[i] for i in rows),
-        tuple(queries.texts[i] for i in rows),
-        tuple(queries.relevant[i] for i in rows),
-        tuple(queries.grades[i] for i in rows),
-        queries.itself[rows],
+def _chosen(n: int, count: int, seeds: Seeds) -> NDArray[np.int64]:
+    """Rows of a seeded choice of `count` of n, in order; all of them for 0."""
+    if not count or count >= n:
+        return np.arange(n)
+    return np.sort(seeds.rng(Stream.PARTITION).permutation(n)[:count])
+
+
+def pick_queries(queries: Queries, rows: NDArray[np.int64]) -> Queries:
+    """Some of the queries."""
+    ids, texts, relevant, grades = (
+        tuple(values[i] for i in rows) for values in (queries.ids, queries.texts, queries.relevant, queries.grades)
     )
-
-
-def freeze(reranker: Reranker, problem: Problem, documents: torch.Tensor | None = None) -> Frozen:
-    """What a student gets of its teacher; document states are computed unless they are given."""
-    backbone = reranker.backbone
-    known = reranker.documents(problem.documents) if documents is None else documents
-    return Frozen(reranker.queries(problem.train), known, backbone.head.weight.detach().float().cpu(), backbone.labels)
+    return Queries(ids, texts, relevant, grades, queries.itself[rows])  # type: ignore[arg-type]
 
 
 def student_scores(predictor: Predictor, frozen: Frozen, queries: torch.Tensor) -> F32:
     """Log-odds (n, m) of query states (n, d) with all documents, by the folded inner product."""
-    predictor = predictor.cpu().eval()
+    predictor = copy.deepcopy(predictor).cpu().eval()
     with torch.inference_mode():
         u, c = predictor.fold(queries, frozen.direction)
         return (u @ frozen.documents.T + c[:, None]).numpy()

@@ -2,7 +2,7 @@
 
     root.json                     {"format": 1, "d", "fingerprint", "shards"}: for life
     CURRENT                       name of the version to serve
-    versions/<name>/version.json  {"format": 1, "shards", "kind", "m"}
+    versions/<name>/version.json  {"format": 1, "shards", "kind", "m"[, "digest"]}
     versions/<name>/shard-000/    a VectorIndex
     journal/shard-000/            changes since (journal.py)
     building/<name>/              a version that is not finished (build.py)
@@ -44,6 +44,17 @@ def shard_folder(shard: int) -> str:
     return f"shard-{shard:03d}"
 
 
+def local(folder: str | Path) -> Path:
+    """The absolute path of an index.
+
+    Raises:
+        UserError: it is a URI.
+    """
+    if "://" in str(folder):
+        raise UserError(f"index: got {folder}; expected a folder on a disk, since it is mapped into memory and locked")
+    return Path(folder).expanduser().absolute()
+
+
 @dataclass(frozen=True)
 class Root:
     """A root folder: width d of the vectors, fingerprint of their model, number of shards."""
@@ -60,7 +71,7 @@ class Root:
         Raises:
             UserError: there is none, or it cannot be read.
         """
-        path = Path(folder).expanduser().absolute()
+        path = local(folder)
         try:
             told = json.loads((path / ROOT).read_bytes())
             if told["format"] != FORMAT:
@@ -81,7 +92,7 @@ class Root:
         Raises:
             UserError: one lies there that has another width, fingerprint or number of shards, or a value is not allowed.
         """
-        path = Path(folder).expanduser().absolute()
+        path = local(folder)
         if width < 1 or not fingerprint:
             raise UserError(f"width: got {width} with fingerprint {fingerprint!r}; expected at least 1 and some text")
         if shards is not None and not 1 <= shards <= MOST_SHARDS:

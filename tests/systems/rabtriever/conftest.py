@@ -143,11 +143,10 @@ def trained(rule: Problem) -> Any:
     """A problem, its trained teacher, and what a student gets of it (`retriever_for_tests.Trained`)."""
     from functools import partial
 
-    from retriever_for_tests import ONCE, TEACHER, Trained, bridge, teacher_learner
+    from retriever_for_tests import ONCE, TEACHER, Trained, bridge, freeze, teacher_learner
 
     from raysys.runtime.train import fit_here
     from raysys.systems.rabtriever.targets import LocalTargets
-    from raysys.systems.rabtriever.task import freeze
     from raysys.systems.rabtriever.teacher import Reranker
 
     state = fit_here(None, partial(teacher_learner, rule, TEACHER), ONCE)

@@ -74,3 +74,10 @@ def energy_of(predictor: Any, trained: Trained) -> dict[str, float]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def freeze(reranker: Reranker, problem: Problem) -> Frozen:
+    """What a student gets of its teacher."""
+    backbone = reranker.backbone
+    head = backbone.head.weight.detach().float()
+    return Frozen(reranker.queries(problem.train), reranker.documents(problem.documents), head, backbone.labels)

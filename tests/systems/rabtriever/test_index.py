@@ -15,7 +15,8 @@ import pytest
 
 import raysys.systems.rabtriever.index as module
 from raysys.runtime.sentences import UserError
-from raysys.systems.rabtriever.build import Builder, Chunk, remove_build, write_index
+from raysys.systems.rabtriever.build import Builder, digest_of, remove_build, write_index
+from raysys.systems.rabtriever.chunks import Chunk
 from raysys.systems.rabtriever.index import VectorIndex, best, recall
 from raysys.systems.rabtriever.versions import Root, publish, shard_of
 
@@ -263,14 +264,14 @@ import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import raysys.systems.rabtriever.build as build
 from test_index import *
-whole, wrote = build._write_chunk, []
+whole, wrote = build.write_chunk, []
 def slow(path, chunk):
     wrote.append(path)
     if len(wrote) == 14:  # in the middle of chunk 4
         path.write_bytes(b"half")
         os.kill(os.getpid(), 9)
     whole(path, chunk)
-build._write_chunk = slow
+build.write_chunk = slow
 put_all(Builder({str(tmp_path / "b")!r}, "v", D, "model", 3, {kind!r}), vectors(950))
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
@@ -278,6 +279,45 @@ put_all(Builder({str(tmp_path / "b")!r}, "v", D, "model", 3, {kind!r}), vectors(
     assert [again.has(i) for i in range(6)] == [True] * 4 + [False] * 2
     put_all(again, z)
     assert digests(again.finish()) == expected
+
+
+def test_chunks_of_other_documents_or_cut_otherwise_never_get_into_a_version(tmp_path: Path) -> None:
+    z, a, b = vectors(4), [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
+
+    def builder(ids: list[str], chunk: int = 2, version: str = "v", again: bool = False, kind: str = "flat") -> Builder:
+        return Builder(tmp_path, version, D, "model", 1, kind, digest_of([chunk, *ids]), again)  # type: ignore[arg-type]
+
+    builder(a).put(0, a[:2], a[:2], z[:2])  # and was killed
+    for other in (lambda: builder(b), lambda: builder(a, chunk=3), lambda: builder(a, kind="hnsw")):
+        with pytest.raises(UserError, match=r"version: got 'v'; .* holds a build of other documents, chunks") as told:
+            other()
+        assert "\n" not in str(told.value)
+    same = builder(a)
+    assert [same.has(i) for i in (0, 1)] == [True, False]
+    same.put(1, a[2:], a[2:], z[2:])
+    same.finish()
+    assert builder(a, again=True).done
+    for again, ids in ((False, a), (True, b)):
+        with pytest.raises(UserError, match="has one of that name"):
+            builder(ids, again=again)
+    for harm in (lambda path: path.unlink(), lambda path: path.write_bytes(b"half")):
+        builder(a, version="w").put(0, a, a, z)
+        harm(tmp_path / "building" / "w" / "build.json")
+        with pytest.raises(UserError, match="holds a build of other documents"):
+            builder(a, version="w")
+        remove_build(tmp_path, "w")
+
+
+def test_a_bucket_is_no_folder_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for open_it in (
+        lambda: Root.open("s3://b/x"),
+        lambda: Root.make("s3://b/x", D, "model"),
+        lambda: publish("gs://b/x", "v"),
+    ):
+        with pytest.raises(UserError, match=r"index: got [sg]{1,2}3?://b/x; expected a folder on a disk"):
+            open_it()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_documents_are_dealt_to_shards_by_their_id_and_none_is_lost(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from retriever_for_tests import (
     Trained,
     energy_of,
     fitted_student,
+    freeze,
     recall,
     same,
     student_learner,
     teacher_learner,
 )
 
+from raysys.data.retrieval import Queries, Retrieval
 from raysys.runtime.exact import Peers, module_state, trainable
 from raysys.runtime.steps import Task, train_here
 from raysys.runtime.train import fit_here
@@ -31,7 +33,7 @@ from raysys.systems.rabtriever.examples import Examples
 from raysys.systems.rabtriever.learners import start_predictor
 from raysys.systems.rabtriever.setting import StudentSetting
 from raysys.systems.rabtriever.targets import LocalTargets
-from raysys.systems.rabtriever.task import Problem, freeze, student_scores
+from raysys.systems.rabtriever.task import Problem, student_scores
 from raysys.systems.rabtriever.teacher import Reranker
 
 
@@ -202,6 +204,32 @@ def test_controls_learn_the_rule_on_the_same_states(trained: Trained) -> None:
     assert scores.shape == (48, 12)
     assert recall(scores, problem) > 0.6
     assert np.array_equal(scores, hyper_encoder(setting, trained.frozen, problem.examples, test, 0))
+
+
+def several(right: list[tuple[int, ...]], m: int) -> Examples:
+    """Training queries with these right documents."""
+    return Examples.of(
+        Retrieval(
+            "several", "none", tuple(f"d{i}" for i in range(m)), tuple(f"document {i}" for i in range(m)),
+            *[Queries(tuple(f"q{i}" for i in range(len(right))), tuple(f"query {i}" for i in range(len(right))), tuple(right),
+                      tuple((1,) * len(row) for row in right), np.full(len(right), -1))] * 2,
+            np.zeros(m, bool), "real",
+        )
+    )  # fmt: skip
+
+
+def test_the_classifier_learns_every_right_document_of_a_query() -> None:
+    train = torch.eye(3).repeat(20, 1)
+    scores = classifier(train, several([(0, 3), (1,), (2, 4)] * 20, 6), torch.eye(3), 6)
+    assert [set(np.argsort(-row)[:2].tolist()) for row in scores[[0, 2]]] == [{0, 3}, {2, 4}]
+    np.testing.assert_allclose(scores[0, 0], scores[0, 3], atol=1e-3)
+    assert scores[1].argmax() == 1
+    assert (scores[:, 5] == -np.inf).all()
+
+
+def test_a_classifier_of_one_class_is_sure_of_it() -> None:
+    scores = classifier(torch.eye(3), several([(1,)] * 3, 4), torch.eye(3), 4)
+    assert np.array_equal(scores, np.tile(np.where(np.arange(4) == 1, 0.0, -np.inf), (3, 1)))
 
 
 def test_a_checkpoint_of_the_first_steps_holds_an_empty_search(trained: Trained) -> None:

@@ -91,9 +91,9 @@ class Builder:
 
     def _begin(self) -> None:
         """Note what is built, before anything of it is there."""
-        if not self.folder.exists():
-            Storage(self.folder).write_bytes(BUILD, json.dumps({"digest": self.digest}).encode())
         path = self.folder / BUILD
+        if not path.exists() and not any(self.folder.rglob("chunk-*")):
+            Storage(self.folder).write_bytes(BUILD, json.dumps({"digest": self.digest}).encode())
         try:
             same = json.loads(path.read_bytes())["digest"] == self.digest
         except (OSError, ValueError, KeyError, TypeError):

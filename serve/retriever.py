@@ -175,11 +175,14 @@ class Front:
     async def _hits(self, queries: list[Query]) -> list[Hits | Refused]:
         """What all shards have for queries that came together: one call to an encoder, and one to each shard."""
         u, constants = await told(self.encoder.queries.remote([query.query for query in queries]))
-        found = await self.collection.search(u, [query.k for query in queries])
-        return [
-            c if isinstance(c, Refused) else hits._replace(scores=[score + c for score in hits.scores])
-            for hits, c in zip(found, constants, strict=True)
-        ]
+        rows = [
+            i for i, c in enumerate(constants) if not isinstance(c, Refused)
+        ]  # what has no vector ties with everything
+        found = await self.collection.search(u[rows], [queries[i].k for i in rows]) if rows else []
+        answers: list[Hits | Refused] = list(constants)
+        for i, hits in zip(rows, found, strict=True):
+            answers[i] = hits._replace(scores=[score + constants[i] for score in hits.scores])
+        return answers
 
     # ------------------------------------------------------------ documents
 

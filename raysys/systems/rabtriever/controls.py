@@ -18,6 +18,8 @@ from raysys.systems.rabtriever.predictor import HyperPredictor
 from raysys.systems.rabtriever.setting import StudentSetting, cosine
 
 F32 = NDArray[np.float32]
+QUERIES, DOCUMENTS = 64, 1024
+"""Pairs that the hyper-encoder scores at a time: a product of 64 x 1024 x (d + 16) numbers, however many documents there are."""
 
 
 def classifier(train: Tensor, examples: Examples, test: Tensor, documents: int) -> F32:
@@ -64,5 +66,8 @@ def hyper_encoder(setting: StudentSetting, frozen: Frozen, examples: Examples, t
         torch.autograd.backward(losses.info_nce(scores, torch.from_numpy(also)))
         optimizer.step()
     with torch.inference_mode():
-        parts = [model(one, z.expand(len(one), -1, -1)) for one in torch.split((test - mean) / std, 64)]
-        return torch.cat(parts).numpy()
+        scored = [
+            torch.cat([model(one, part.expand(len(one), -1, -1)) for part in torch.split(z, DOCUMENTS)], 1)
+            for one in torch.split((test - mean) / std, QUERIES)
+        ]
+        return torch.cat(scored).numpy()

@@ -22,12 +22,13 @@ DRAWS = 1 << 20
 class Examples:
     """Training queries with their positives among the known documents.
 
-    known (m_k,) documents that may be used; positives: for each query its relevant ones; positive (n, m_k) says so as a mask.
+    known (m_k,) documents that may be used; positives: for each query its relevant ones; pairs (p,) the same as ascending numbers
+    query * m_k + column among the known: a mask (n, m_k) would take a byte for each of millions of pairs.
     """
 
     known: I64
     positives: tuple[I64, ...]
-    positive: NDArray[np.bool_]
+    pairs: I64
     itself: I64
 
     @classmethod
@@ -41,12 +42,8 @@ class Examples:
                 raise ValueError(
                     f"data: training query {data.train.ids[place]} has no relevant document that is not withheld"
                 )
-        where = np.full(len(data.documents), -1, dtype=np.int64)
-        where[known] = np.arange(len(known))
-        mask = np.zeros((len(positives), len(known)), dtype=bool)
-        for place, row in enumerate(positives):
-            mask[place, where[row]] = True
-        return cls(known, positives, mask, data.train.itself)
+        pairs = [place * len(known) + np.searchsorted(known, row) for place, row in enumerate(positives)]
+        return cls(known, positives, np.unique(np.concatenate([np.empty(0, np.int64), *pairs])), data.train.itself)
 
     def __len__(self) -> int:
         return len(self.positives)
@@ -58,6 +55,12 @@ class Examples:
     def queries(self, seeds: Seeds, step: int, block: int, count: int) -> I64:
         """(count,) query rows of a block, drawn with replacement."""
         return seeds.integers(Stream.BATCH, block, step, count, len(self))[0]
+
+    def relevant(self, rows: I64, columns: I64) -> NDArray[np.bool_]:
+        """(b, K) whether these known documents (b, K), by their columns, are right for the queries (b,)."""
+        asked = rows[:, None] * len(self.known) + columns
+        found = np.minimum(np.searchsorted(self.pairs, asked), len(self.pairs) - 1)
+        return self.pairs[found] == asked
 
     def groups(
         self, seeds: Seeds, step: int, block: int, rows: I64, others: int, own: I64 | None = None
@@ -91,7 +94,7 @@ class Examples:
         )
         picked.sort(1)
         documents = np.concatenate([first[:, None], self.known[picked]], 1)
-        also = np.take_along_axis(self.positive[rows], picked, 1)
+        also = self.relevant(rows, picked)
         return documents, np.concatenate([np.zeros((b, 1), bool), also], 1)
 
 

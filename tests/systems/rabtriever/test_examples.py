@@ -57,6 +57,34 @@ def test_a_group_has_a_positive_first_and_no_withheld_own_or_repeated_document(
     assert np.array_equal(again[0], found)
 
 
+@relaxed
+@given(st.lists(st.sets(st.integers(0, M - 1)), min_size=1, max_size=6), st.sets(st.integers(0, M - 1), max_size=M - 1))
+def test_pairs_say_the_same_as_a_mask_of_all_pairs(right: list[set[int]], unseen: set[int]) -> None:
+    known = np.array([i for i in range(M) if i not in unseen])
+    relevant = tuple(tuple(sorted(row | {int(known[0])})) for row in right)
+    names = tuple(map(str, range(len(right))))
+    queries = Queries(names, names, relevant, tuple((1,) * len(r) for r in relevant), np.full(len(right), -1))
+    examples = Examples.of(replace(data(), train=queries, unseen=np.isin(np.arange(M), list(unseen))))
+    mask = np.array([[i in row for i in known] for row in relevant])
+    rows = np.arange(len(right))[::-1]
+    columns = np.tile(np.arange(len(known)), (len(right), 1))
+    assert np.array_equal(examples.relevant(rows, columns), mask[rows])
+    assert len(examples.pairs) == mask.sum()
+
+
+def test_what_is_right_takes_memory_by_pairs_not_by_queries_times_documents() -> None:
+    n, m = 40_000, 40_000
+    names = tuple(map(str, range(n)))
+    one = Queries(names, names, tuple((i,) for i in range(n)), ((1,),) * n, np.full(n, -1))
+    examples = Examples.of(Retrieval("x", "none", names, names, one, one, np.zeros(m, bool), "real"))
+    arrays = [value for value in vars(examples).values() if isinstance(value, np.ndarray)]
+    assert max(array.nbytes for array in arrays) <= 8 * n
+    assert examples.relevant(np.array([7, m - 1]), np.array([[7, 8], [0, m - 1]])).tolist() == [
+        [True, False],
+        [False, True],
+    ]
+
+
 def test_groups_of_other_seeds_steps_and_blocks_are_others() -> None:
     examples, rows = Examples.of(data()), np.array([0, 1, 2, 3] * 5)
     drawn = [examples.groups(Seeds(s), t, b, rows, 4)[0] for s, t, b in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]

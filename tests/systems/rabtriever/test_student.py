@@ -27,10 +27,11 @@ from raysys.data.retrieval import Queries, Retrieval
 from raysys.runtime.exact import Peers, module_state, trainable
 from raysys.runtime.steps import Task, train_here
 from raysys.runtime.train import fit_here
-from raysys.systems.rabtriever import losses
+from raysys.systems.rabtriever import controls, losses
 from raysys.systems.rabtriever.controls import classifier, hyper_encoder
 from raysys.systems.rabtriever.examples import Examples
 from raysys.systems.rabtriever.learners import start_predictor
+from raysys.systems.rabtriever.predictor import HyperPredictor
 from raysys.systems.rabtriever.setting import StudentSetting
 from raysys.systems.rabtriever.targets import LocalTargets
 from raysys.systems.rabtriever.task import Problem, student_scores
@@ -204,6 +205,24 @@ def test_controls_learn_the_rule_on_the_same_states(trained: Trained) -> None:
     assert scores.shape == (48, 12)
     assert recall(scores, problem) > 0.6
     assert np.array_equal(scores, hyper_encoder(setting, trained.frozen, problem.examples, test, 0))
+
+
+def test_the_hyper_encoder_scores_documents_in_slices(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = trained.reranker.queries(trained.problem.test)
+    setting = STUDENT.with_values({"steps": 2})
+    whole = hyper_encoder(setting, trained.frozen, trained.problem.examples, test, 0)
+    sizes, forward = [], HyperPredictor.forward
+
+    def seen(self: HyperPredictor, queries: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():
+            sizes.append(z.shape[1])
+        return forward(self, queries, z)
+
+    monkeypatch.setattr(HyperPredictor, "forward", seen)
+    monkeypatch.setattr(controls, "DOCUMENTS", 5)
+    sliced = hyper_encoder(setting, trained.frozen, trained.problem.examples, test, 0)
+    assert sizes == [5, 5, 2] * (len(sizes) // 3)
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
 
 
 def several(right: list[tuple[int, ...]], m: int) -> Examples:

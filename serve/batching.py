@@ -4,6 +4,8 @@ Notable choices
 - The next batch is whatever has come while the last one was computed. `ray.serve.batch` closes a batch when its timer ends, also
   while the model is busy, so that under load small batches queue up behind each other, just when large ones are needed.
 - A batch that fails is computed again item by item: only those that fail alone are failed.
+- What can wait (`later`) is computed one item at a time, and only when nothing else is there: long work, cut into short items,
+  so holds the rest up by one item at most.
 - Work runs in a thread: the loop goes on taking requests.
 """
 
@@ -38,15 +40,16 @@ class Batcher(Generic[T, R]):
     def __init__(self, work: Callable[[list[T]], Sequence[R]], limit: int, wait_s: float) -> None:
         self.work, self.limit, self.wait_s = work, limit, wait_s
         self._queue: deque[Waiting[T, R]] = deque()
+        self._later: deque[Waiting[T, R]] = deque()
         self._thread = ThreadPoolExecutor(1, "model")
         self._more = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
 
-    async def __call__(self, item: T) -> R:
+    async def __call__(self, item: T, later: bool = False) -> R:
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._queue.append((item, future, time.monotonic()))
+        (self._later if later else self._queue).append((item, future, time.monotonic()))
         self._more.set()
         return await future
 
@@ -54,7 +57,7 @@ class Batcher(Generic[T, R]):
         while True:
             await self._company()
             taken = [self._queue.popleft() for _ in range(min(self.limit, len(self._queue)))]
-            await self._answer(taken)
+            await self._answer(taken or [self._later.popleft()])
 
     async def _answer(self, taken: list[Waiting[T, R]]) -> None:
         """Compute a batch and tell everyone in it; if it fails, each item by itself, so that one does not fail the others."""
@@ -83,9 +86,11 @@ class Batcher(Generic[T, R]):
                 future.set_result(result)
 
     async def _company(self) -> None:
-        """Until there is a full batch, or something and its time of waiting is over."""
+        """Until there is a full batch, or something and its time of waiting is over, or only what can wait."""
         while len(self._queue) < self.limit:
-            left = self._queue[0][2] + self.wait_s - time.monotonic() if self._queue else None
+            left = 0.0 if self._later else None
+            if self._queue:
+                left = self._queue[0][2] + self.wait_s - time.monotonic()
             if left is not None and left <= 0:
                 return
             self._more.clear()

@@ -1,7 +1,8 @@
 """A replica that holds the retriever: queries and documents to vectors, and the teacher that reads both together.
 
-Whatever is asked for passes one queue and one thread, a batch at a time (serve/batching.py). Refusals are returned, not raised:
-Ray logs what is raised, and a text must not get into a log.
+Whatever is asked for passes one queue and one thread, a batch at a time (serve/batching.py). The teacher reads RERANKED documents
+at a time, and only while no query or document waits: a search is held up by one such slice at most, and whoever gives up is not
+computed further. Refusals are returned, not raised: Ray logs what is raised, and a text must not get into a log.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from serve.refusal import Refused
 
 Load = Callable[[str, str], Any]
 """Run and device to an object like raysys.systems.rabtriever.artifact.Retriever."""
+RERANKED = 4
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -110,8 +112,14 @@ class Encoder:
 
     async def rerank(self, query: str, documents: Sequence[str]) -> list[float] | Refused:
         """The teacher's log-odds of each document."""
-        scores = await self.answer(Work("rerank", query, tuple(documents)))
-        return scores if isinstance(scores, Refused) else scores.tolist()
+        scores: list[float] = []
+        for start in range(0, len(documents), RERANKED):
+            some = tuple(documents[start : start + RERANKED])
+            made = await self.answer(Work("rerank", query, some), later=True)
+            if isinstance(made, Refused):
+                return made
+            scores += made.tolist()
+        return scores
 
     async def prompts(self, query: str, documents: Sequence[str]) -> list[str]:
         """What the teacher is asked about each document."""

@@ -57,6 +57,8 @@ class RetrieverConfig(Config):
     """Documents per query at most."""
     max_rerank: int = Field(20, ge=1, le=1000)
     """Documents per query that the teacher may be asked about."""
+    max_pairs: int = Field(60, ge=1, le=100_000)
+    """Documents of all queries of a request that the teacher may be asked about."""
     max_texts: int = Field(64, ge=1, le=10_000)
     """Queries, or documents, in one request at most."""
     max_characters: int = Field(4000, ge=1, le=1_000_000)
@@ -154,6 +156,8 @@ class Front:
             most = c.max_rerank if query.rerank else c.max_k
             if query.k > most:
                 raise Refused(422, f"k: got {query.k}; at most {most} are allowed{' with rerank' * query.rerank}")
+        if (pairs := sum(query.k for query in queries if query.rerank)) > c.max_pairs:
+            raise Refused(422, f"rerank: got {pairs} documents in all; at most {c.max_pairs} are allowed in a request")
         found = await asyncio.gather(*map(self.hits, queries))
         results = await asyncio.gather(*map(self._worded, queries, found))
         took = time.perf_counter() - began

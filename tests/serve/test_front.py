@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
+from serve.batching import Batcher
 from serve.collection import Hits
+from serve.encoder import RERANKED, Encoder, EncoderMeters
 from serve.refusal import Refused
 from serve.retriever import Front, RetrieverConfig
 from serve.search_models import Query
@@ -65,3 +69,58 @@ def test_only_queries_that_have_a_vector_are_searched_for() -> None:
     ]
     assert all(isinstance(hits, Refused) for hits in asyncio.run(one._hits([Query(query="a"), Query(query="b")])))
     assert len(one.collection.asked) == 1
+
+
+def test_what_the_teacher_reads_is_counted_over_a_whole_request() -> None:
+    one = front(max_rerank=20, max_pairs=60)
+    many = [Query(query="bb", k=20, rerank=True)] * 4
+    with pytest.raises(Refused) as told:
+        asyncio.run(one.search(many))
+    assert (told.value.status, told.value.sentence) == (
+        422,
+        "rerank: got 80 documents in all; at most 60 are allowed in a request",
+    )
+
+
+class Slow:
+    """A retriever whose teacher takes 10 ms for a document."""
+
+    width = 1
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def queries(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones((len(texts), 1), np.float32), np.zeros(len(texts), np.float32)
+
+    def rerank(self, query: str, documents: list[str]) -> np.ndarray:
+        time.sleep(0.01 * len(documents))
+        self.read += [f"{query} {one}" for one in documents]
+        return np.array([float(one) for one in documents], np.float32)
+
+
+def encoder() -> Any:
+    made: Any = object.__new__(Encoder)
+    made.retriever, made.meters = Slow(), EncoderMeters()
+    made.answer = Batcher(made._compute, 32, 0.0)
+    return made
+
+
+def test_queries_wait_for_one_slice_of_reranking_at_most_and_what_was_given_up_is_not_computed() -> None:
+    async def ask() -> None:
+        one, documents = encoder(), [str(i) for i in range(20)]
+        reranks = [asyncio.create_task(one.rerank(f"q{i}", documents)) for i in range(64)]  # 12.8 s of work
+        for _ in range(5):
+            await asyncio.sleep(0.03)
+            read = len(one.retriever.read)
+            await one.queries(["a query"])
+            assert len(one.retriever.read) - read <= 2 * RERANKED
+        for rerank in reranks[1:]:
+            rerank.cancel()
+        assert await reranks[0] == [float(i) for i in range(20)]
+        left = [text for text in one.retriever.read if not text.startswith("q0 ")]
+        await asyncio.sleep(0.1)
+        assert [text for text in one.retriever.read if not text.startswith("q0 ")] == left
+        assert len(left) < 200
+
+    asyncio.run(ask())

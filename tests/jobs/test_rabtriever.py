@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from jobs import rabtriever
+from jobs.rabtriever_index import read_corpus
 from raysys.data.retrieval import load_retrieval
 from raysys.runtime.sentences import UserError
 from raysys.runtime.session import Session
@@ -44,6 +46,7 @@ REFUSED = {
     "evaluate without a run": ["evaluate"],
     "evaluate what is no run": ["evaluate", "--run", "/nowhere"],
     "index without a run": ["index"],
+    "an index in a bucket": ["index", "--run", "/nowhere", "--index", "s3://b/x"],
     "robot without a run": ["robot"],
     "unknown metric": ["sweep", "--metric", "accuracy"],
     "unknown field of a sweep": ["sweep", "--space", "student.weight=1,2"],
@@ -186,6 +189,12 @@ def test_an_index_goes_on_where_a_failed_build_stopped(
     with pytest.raises(OSError, match="full"):
         call(words, monkeypatch, capsys)
     (run,) = tmp_path.glob("rabtriever-index-*")
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("number", "called"))
+    for old, new in ((str(corpus), str(other)), ("10", "20")):
+        code, told = call([new if word == old else word for word in words], monkeypatch, capsys)
+        assert code == 2
+        assert "holds a build of other documents, chunks, model or kind" in told.err
     written: list[int] = []
     monkeypatch.setattr(Builder, "put", lambda self, chunk, *rest: (written.append(chunk), put(self, chunk, *rest))[1])
     code, told = call(["--resume", str(run), "--no-wandb"], monkeypatch, capsys)
@@ -195,6 +204,32 @@ def test_an_index_goes_on_where_a_failed_build_stopped(
     assert len(root.load(root.current(), 0)) == 30
     code, _ = call(words, monkeypatch, capsys)
     assert code == 2  # a version that another run has made is not written again
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"_id": "b", "text": null}', "line 2 has text null; expected a text"),
+        ('{"_id": "b", "title": 3, "text": "x"}', "line 2 has title 3; expected a text"),
+        ('{"_id": null, "text": "x"}', "line 2 has _id null"),
+        ('{"_id": true, "text": "x"}', "line 2 has _id true"),
+        ('{"text": "x"}', "line 2 has _id null"),
+        ('{"_id": "", "text": "x"}', "line 2 has no id"),
+        ('{"_id": "b"}', "line 2 is not"),
+        ("[]", "line 2 is not"),
+        ('{"_id": "b", "text": "<T>"}', "line 2 has no words that a model could read"),
+        ('{"_id": "b", "title": null, "text": " "}', "line 2 has no words"),
+        ('{"_id": "a", "text": "x"}', "line 2 has the id 'a', which an earlier line has"),
+    ],
+)
+def test_a_line_of_a_corpus_that_holds_no_document_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"_id": "a", "title": null, "text": "hello"}\n' + line + "\n")
+    with pytest.raises(UserError, match=re.escape(said)) as told:
+        read_corpus(str(path))
+    assert "\n" not in str(told.value)
+    path.write_text('{"id": 7, "title": null, "text": "hello"}\n\n{"_id": "b", "title": "t", "text": "x"}\n')
+    assert read_corpus(str(path)) == (["7", "b"], ["hello", "t x"])
 
 
 def test_the_cost_study_says_that_the_student_does_not_read_documents(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raysys.data.rationales import Generated, ask, check
+from raysys.data.rationales import Generated, Noisy, ask, check
 from raysys.runtime.seeds import Seeds, Stream
 
 FIRST = (
@@ -95,7 +95,7 @@ FACTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(Noisy):
     """How large the task is."""
 
     documents: int = 600
@@ -114,11 +114,6 @@ class Facts:
             allowed = f"a multiple of {len(FACTS)} from {2 * len(FACTS)} to {most}"
             raise ValueError(f"facts documents: got {self.documents}; it must be {allowed}")
         check("facts", self.unseen, self.noise, self.train, self.test, self.seed)
-
-    @property
-    def ceiling(self) -> float:
-        """Recall@1 of the one who understands every question, up to rounding the number of noisy labels: 1 - noise."""
-        return 1 - self.noise
 
     def generate(self) -> Generated:
         """The pool and both splits.

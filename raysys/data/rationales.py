@@ -115,8 +115,19 @@ class Generated:
     test: Asked
 
 
+class Noisy:
+    """A task with wrong labels."""
+
+    noise: float
+
+    @property
+    def ceiling(self) -> float:
+        """Recall@1 of the one who understands every query, up to rounding the number of noisy labels: 1 - noise."""
+        return 1 - self.noise
+
+
 @dataclass(frozen=True)
-class Rationale:
+class Rationale(Noisy):
     """How large the task is."""
 
     documents: int = BASE
@@ -134,11 +145,6 @@ class Rationale:
             allowed = f"a multiple of {BASE} up to {BASE * len(COMPANIONS)}"
             raise ValueError(f"rationale documents: got {self.documents}; it must be {allowed}")
         check("rationale", self.unseen, self.noise, self.train, self.test, self.seed)
-
-    @property
-    def ceiling(self) -> float:
-        """Recall@1 of the one who knows the rule, up to rounding the number of noisy labels: 1 - noise."""
-        return 1 - self.noise
 
     def generate(self) -> Generated:
         """The pool and both splits.

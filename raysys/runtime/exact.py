@@ -110,12 +110,7 @@ class Exact:
         self._mine[-1] = loss.detach()
 
     def state(self) -> State:
-        state = module_state(self.learner.module, self.named)
-        for name, p in self.named.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                if value is not None:
-                    state[f"optimizer/{name}/{key}"] = value.detach().cpu()
-        return state
+        return whole_state(self.learner, self.named, self.optimizer)
 
 
 def block_loss(learner: Learner, step: int, block: int, device: torch.device, bf16: bool) -> Tensor:
@@ -198,6 +193,16 @@ def optimizer_of(learner: Learner, named: Mapping[str, nn.Parameter]) -> torch.o
             f"the optimizer holds {strange} tensors that are not trainable parameters of the learner's module"
         )
     return optimizer
+
+
+def whole_state(learner: Learner, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    """The module's state and, of each trained parameter, the optimizer's: `optimizer/<name>/<key>`."""
+    state = module_state(learner.module, named)
+    for name, p in named.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            if value is not None:
+                state[f"optimizer/{name}/{key}"] = value.detach().cpu()
+    return state
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: State) -> None:

@@ -33,6 +33,7 @@ from raysys.runtime.exact import (
     optimizer_of,
     optimizer_state,
     trainable,
+    whole_state,
 )
 from raysys.runtime.sentences import UserError
 
@@ -97,12 +98,7 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
-            state = module_state(self.learner.module, self.named)
-            for name, p in self.named.items():
-                for key, value in self.optimizer.state.get(p, {}).items():
-                    if value is not None:
-                        state[f"optimizer/{name}/{key}"] = value.detach().cpu()
-            return state
+            return whole_state(self.learner, self.named, self.optimizer)
         split, whole = self._keys()
         full = {name: safe_get_full_fp32_param(p).view(_shape(p)) for name, p in self.named.items()}
         state = module_state(self.learner.module, full)

@@ -4,6 +4,7 @@ Notable choices
 - All shards or none: a shard that is away makes a search fail with 503; a part of the results is never passed off as all.
 - Going over to another version: every shard opens it beside the old one, then searches name the new one. Searches under way
   have named the old one and finish with it; shards keep both. Each front goes over by itself.
+- Compaction is shard 0's (serve/compaction.py), so that all fronts tell the same of it.
 - A change is sent to the shard that owns the id; versions do not matter to it (raysys/systems/rabtriever/live.py).
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.index import F32
-from raysys.systems.rabtriever.live import Found, settle
+from raysys.systems.rabtriever.live import Found
 from raysys.systems.rabtriever.versions import Root, shard_of
+from serve.compaction import sentence
 from serve.refusal import Refused
 from serve.search_models import Index, Started
 
@@ -55,9 +56,7 @@ class Collection:
         self.root, self.shards, self.timeout_s, self.reload_s = root, shards, timeout_s, reload_s
         self.version = root.current()
         root.check(self.version)
-        self._refused = self._failed = ""
-        self._making = ""
-        self._compacting: asyncio.Task[None] | None = None
+        self._refused = ""
         self._watcher: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
 
@@ -130,32 +129,22 @@ class Collection:
                 self.version = name
             self._refused = ""
 
-    def compact(self) -> Started:
-        """Begin to make a version that holds all changes."""
-        if self._compacting is not None and not self._compacting.done():
-            raise Refused(409, f"index: {self._making} is being made; ask again when it is done")
-        self._failed = ""
-        self._making = f"compact-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-        self._compacting = asyncio.create_task(self._compact(self._making, self.version))
-        return Started(version=self._making)
+    async def compact(self) -> Started:
+        """Begin to make a version that holds all changes.
 
-    async def _compact(self, name: str, source: str) -> None:
-        try:
-            sizes = await asyncio.gather(*(told(shard.compact.remote(name, source)) for shard in self.shards))
-            await asyncio.to_thread(settle, self.root, name, source, sizes)
-            await self.reload()
-        except (Refused, UserError, OSError, RayError, RayServeException) as wrong:
-            self._failed = f"{name} could not be made: {sentence(wrong)}"
-            log.warning(self._failed)
+        Raises:
+            Refused: 409 where one is being made, whichever front was asked.
+        """
+        return Started(version=await self._in_time(self.shards[0].begin_compaction.remote(), 0))
 
     async def index(self) -> Index:
         """What is searched."""
         facts = await self.all_shards("facts")
-        busy = self._compacting is not None and not self._compacting.done()
+        making, problem = await self._in_time(self.shards[0].compaction.remote(), 0)
         return Index(
             version=self.version, kind=facts[0][2], shards=self.root.shards, documents=sum(one[0] for one in facts),
-            changed=sum(one[1] for one in facts), fingerprint=self.root.fingerprint, compacting=self._making if busy else None,
-            problem=self._refused or self._failed or None,
+            changed=sum(one[1] for one in facts), fingerprint=self.root.fingerprint, compacting=making,
+            problem=self._refused or problem or None,
         )  # fmt: skip
 
     # ------------------------------------------------------------ calls
@@ -178,11 +167,6 @@ class Collection:
                 return await told(asked)
         except TimeoutError as error:
             raise Refused(503, f"index: shard {shard} is away; ask again later") from error
-
-
-def sentence(wrong: Exception) -> str:
-    """What went wrong, on one line."""
-    return " ".join((wrong.sentence if isinstance(wrong, Refused) else str(wrong)).split())
 
 
 async def told(asked: DeploymentResponse) -> Any:

@@ -140,7 +140,7 @@ class Front:
 
         @app.post("/index:compact", dependencies=locked, summary="Fold all changes into a new version", status_code=202)
         async def compact() -> Started:
-            return self.collection.compact()
+            return await self.collection.compact()
 
         return app
 
@@ -280,7 +280,8 @@ def build(args: Mapping[str, Any] | RetrieverConfig, load: Load = load_artifact)
         logging_config=quiet,
         ray_actor_options={"num_cpus": 0.5},
     )(Shard)
-    shards = [shard.options(name=f"Shard{s}").bind(str(root.folder), s, config.ef) for s in range(root.shards)]
+    others = [shard.options(name=f"Shard{s}").bind(str(root.folder), s, config.ef) for s in range(1, root.shards)]
+    shards = [shard.options(name="Shard0").bind(str(root.folder), 0, config.ef, others), *others]
     front = ray_serve.deployment(
         name="Front",
         max_ongoing_requests=2 * room + 16,

@@ -17,10 +17,13 @@ import numpy as np
 import ray
 from prometheus_client import Counter, Gauge, Histogram
 from ray import serve as ray_serve
+from ray.serve.handle import DeploymentHandle
 
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.index import F32
 from raysys.systems.rabtriever.live import Found, LiveShard
+from serve.collection import told
+from serve.compaction import Compact, Compaction
 from serve.meters import LATENCIES_S, Meters, Snapshot
 from serve.refusal import Refused
 
@@ -45,11 +48,13 @@ class ShardMeters(Meters):
 
 
 class Shard:
-    """One shard, of which there is one replica."""
+    """One shard, of which there is one replica; shard 0 is given the `others`, and makes compacted versions with them."""
 
-    def __init__(self, index: str, shard: int, ef: int) -> None:
+    def __init__(self, index: str, shard: int, ef: int, others: Sequence[DeploymentHandle] = ()) -> None:
         faiss.omp_set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.shard, self.ef, self.meters = LiveShard(index, shard, OWNER_WAIT_S), ef, ShardMeters()
+        calls: list[Compact] = [lambda *names, other=other: told(other.compact.remote(*names)) for other in others]
+        self.compactions = Compaction(self.shard.root, [self.compact, *calls]) if shard == 0 else None
         self.served: str | None = None
         self.searcher = ThreadPoolExecutor(1, "search")
         self.writers = ThreadPoolExecutor(WRITERS, "write")
@@ -123,6 +128,16 @@ class Shard:
             return await asyncio.to_thread(self.shard.compact, version, source)
         except (UserError, OSError) as error:
             return Refused(503, str(error))
+
+    async def begin_compaction(self) -> str | Refused:
+        """Of shard 0: begin to make a version of all shards, and give its name."""
+        assert self.compactions is not None
+        return self.compactions.begin()
+
+    async def compaction(self) -> tuple[str | None, str]:
+        """Of shard 0: the version that is being made, and why the last one was not."""
+        assert self.compactions is not None
+        return self.compactions.making, self.compactions.problem
 
     async def snapshot(self) -> tuple[str, Snapshot]:
         """This replica's name and metrics."""

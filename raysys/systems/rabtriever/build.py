@@ -254,5 +254,6 @@ def _write_graph(folder: Path, m: int, width: int, threads: int) -> None:
 def remove_build(root: str | Path, version: str) -> None:
     """Forget a build that was not finished."""
     folder = Root.open(root).version_folder(version, "building")
-    shutil.rmtree(folder, ignore_errors=True)
-    flush_folder(folder.parent)
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        flush_folder(folder.parent)

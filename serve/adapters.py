@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -27,12 +26,13 @@ from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from raysys.runtime.config import Config, command_line, exits
+from raysys.runtime.config import command_line, exits
 from raysys.runtime.sentences import UserError
 from serve.batching import Batcher, Lazy
-from serve.guard import GuardConfig, guarded_app
+from serve.front import AppConfig, Collects
+from serve.guard import guarded_app
 from serve.local import Here, serve_here
-from serve.meters import LATENCIES_S, FrontMeters, Meters, Snapshot
+from serve.meters import LATENCIES_S, Meters, Snapshot
 from serve.questions import Answer, Answers, Listing, Question, Questions
 from serve.refusal import Refused
 from serve.stack import Artifact, Factors, Item, Stack
@@ -40,14 +40,11 @@ from serve.stack import Artifact, Factors, Item, Stack
 Ask = tuple[str, str | None, str]
 """text, second text, adapter: as `Model.classify` takes it."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-COLLECT_TIMEOUT_S = 5.0
 
 
-class AdaptersConfig(Config):
+class AdaptersConfig(AppConfig):
     """Serve the adapters of a run."""
 
-    run: str | None = None
-    """Run folder (path or URI) that holds adapters/classifier.json, adapters/head.safetensors and one folder per adapter."""
     model: str | None = None
     """Base model to load instead of the one that classifier.json names: `minilm`, a folder, or a Hugging Face id."""
     max_batch: int = Field(32, ge=1, le=4096)
@@ -58,7 +55,6 @@ class AdaptersConfig(Config):
     """Adapters that one model replica keeps in memory; those not used for longest go first."""
     max_texts: int = Field(256, ge=1, le=100_000)
     """Texts in one request to /classify:batch at most."""
-    guard: GuardConfig = GuardConfig()
 
 
 class LocalConfig(AdaptersConfig, Here):
@@ -137,16 +133,14 @@ class Model:
 # ---------------------------------------------------------------- the front
 
 
-class Front:
+class Front(Collects):
     """Takes HTTP requests, checks them, and asks a model replica."""
 
     def __init__(
         self, config: AdaptersConfig, labels: list[str], pair: bool, keys: Sequence[str], model: DeploymentHandle
     ):
+        super().__init__([model])
         self.config, self.labels, self.pair, self.keys, self.model = config, labels, pair, keys, model
-        self.meters = FrontMeters()
-        context = ray_serve.get_replica_context()
-        self.fronts = ray_serve.get_deployment_handle(context.deployment, context.app_name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = guarded_app(
@@ -210,19 +204,6 @@ class Front:
         return Answer(
             label=max(probabilities, key=probabilities.__getitem__), probabilities=probabilities, adapter=adapter
         )
-
-    async def snapshot(self) -> tuple[str, Snapshot]:
-        """This replica's name and metrics."""
-        return ray_serve.get_replica_context().replica_tag, self.meters.snapshot()
-
-    async def snapshots(self) -> Mapping[str, Snapshot]:
-        """The metrics of all replicas that answer in time."""
-        collected: dict[str, Snapshot] = dict([await self.snapshot()])
-        for handle in (self.fronts, self.model):
-            with suppress(TimeoutError, ray_serve.exceptions.RayServeException):  # what is away has nothing to tell
-                asked = handle.broadcast("snapshot").results_async(timeout_s=COLLECT_TIMEOUT_S, return_exceptions=True)
-                collected |= dict(one for one in await asked if not isinstance(one, BaseException))
-        return collected
 
 
 # ---------------------------------------------------------------- how it starts

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,9 @@ from fastapi.security import HTTPBearer
 from pydantic import Field
 from ray import serve as ray_serve
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from raysys.runtime.config import Config, command_line, exits
+from raysys.runtime.config import command_line, exits
 from raysys.runtime.sentences import UserError
 from raysys.systems.rabtriever.index import EF
 from raysys.systems.rabtriever.versions import Root
@@ -34,21 +32,17 @@ from serve import page
 from serve.batching import Gatherer
 from serve.collection import Collection, Hits, told
 from serve.encoder import Encoder, Load, load_artifact, mismatch
-from serve.guard import GuardConfig, guarded_app
+from serve.front import AppConfig, Collects
+from serve.guard import guarded_app
 from serve.local import Here, serve_here
-from serve.meters import FrontMeters, Snapshot
 from serve.refusal import Refused
 from serve.search_models import Answers, Documents, Found, Id, Index, Queries, Query, Result, Started, Stored, written
 from serve.shard import Shard
 
-COLLECT_TIMEOUT_S = 5.0
 
-
-class RetrieverConfig(Config):
+class RetrieverConfig(AppConfig):
     """Serve the retriever of a run over an index."""
 
-    run: str | None = None
-    """Run folder (path or URI) that holds retriever/."""
     index: str | None = None
     """Folder of the index (python -m jobs.rabtriever index), on a disk that all shards can reach."""
     max_batch: int = Field(32, ge=1, le=1024)
@@ -69,14 +63,13 @@ class RetrieverConfig(Config):
     """How often to look for a version that was published."""
     shard_timeout_s: float = Field(5.0, gt=0, le=3600)
     """A shard that does not answer by then is away: 503, never a part of the results."""
-    guard: GuardConfig = GuardConfig()
 
 
 class LocalConfig(RetrieverConfig, Here):
     """Serve the retriever of a run on this machine, or on the cluster that --address names."""
 
 
-class Front:
+class Front(Collects):
     """Takes HTTP requests, checks them, and asks encoders and shards."""
 
     def __init__(
@@ -87,12 +80,10 @@ class Front:
         encoder: DeploymentHandle,
         shards: list[DeploymentHandle],
     ) -> None:
+        super().__init__([encoder, *shards])
         self.config, self.keys, self.encoder = config, keys, encoder
         self.collection = Collection(root, shards, config.shard_timeout_s, config.reload_s)
-        self.meters = FrontMeters()
         self.hits: Gatherer[Query, Hits] = Gatherer(self._hits, config.max_batch)
-        context = ray_serve.get_replica_context()
-        self.fronts = ray_serve.get_deployment_handle(context.deployment, context.app_name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = guarded_app(
@@ -224,20 +215,6 @@ class Front:
     async def check_health(self) -> None:
         """Called by Serve now and then."""
         self.collection.watch()
-
-    async def snapshot(self) -> tuple[str, Snapshot]:
-        """This replica's name and metrics."""
-        return ray_serve.get_replica_context().replica_tag, self.meters.snapshot()
-
-    async def snapshots(self) -> Mapping[str, Snapshot]:
-        """The metrics of all replicas that answer in time."""
-        collected: dict[str, Snapshot] = dict([await self.snapshot()])
-        for handle in (self.fronts, self.encoder, *self.collection.shards):
-            with suppress(TimeoutError, RayServeException):  # what is away has nothing to tell
-                asked = handle.broadcast("snapshot")
-                got = await asked.results_async(timeout_s=COLLECT_TIMEOUT_S, return_exceptions=True)
-                collected |= dict(one for one in got if not isinstance(one, BaseException))
-        return collected
 
 
 def sigmoid(x: float) -> float:

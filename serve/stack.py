@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from raysys.nn.body import TextBody
+from raysys.nn.encoder import PASS_TOKENS, chunks
 from raysys.nn.lora import CONFIG, WEIGHTS, Layout, import_adapter, linear_shapes
 from raysys.nn.pretrained import load_base
 from raysys.runtime.sentences import UserError, closest, explain
@@ -33,8 +34,6 @@ from raysys.runtime.storage import Storage
 from serve.refusal import Refused
 
 FOLDER, DESCRIPTION, HEAD = "adapters", "classifier.json", "head.safetensors"
-PASS_TOKENS = {"cpu": 64, "cuda": 8192}
-"""What a forward pass costs besides its tokens, in tokens: measured on a CPU; a GPU would rather pad than start again."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -185,22 +184,3 @@ class Stack:
                 pooled = self.body.pooled_tokens(part, a[rows], b[rows])
                 out[rows] = (pooled @ self.head.T).double().softmax(-1).cpu()
             return out.tolist()
-
-
-def chunks(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
-    """Cut a batch into forward passes of texts of like lengths, at the least cost: (k,) lengths to indices, shortest first.
-
-    A pass costs its padded tokens plus `pass_tokens`. The cut is the best one, by dynamic programming over sorted lengths.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best, start = [0], [0]
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        cost, cut = min((best[s] + (end - s) * longest + pass_tokens, s) for s in range(end))
-        best.append(cost)
-        start.append(cut)
-    parts, end = [], len(order)
-    while end:
-        parts.append(order[start[end] : end])
-        end = start[end]
-    return parts[::-1]

@@ -3,8 +3,8 @@
 Shapes: n texts, b texts of a batch, L tokens of its longest, L_i tokens of text i, d hidden size.
 
 Notable choices
-- All texts are cut into tokens first and sorted by their number of tokens, not of characters, so a batch is nearly free of
-  padding; it holds as many texts as `batch_tokens` allows. What is short is run in large batches, what is long in small ones.
+- All texts are cut into tokens first and sorted by their number of tokens, not of characters; where to cut them into batches of
+  at most `batch_tokens` is found by dynamic programming. One long text among 15 short ones does not pad them: half the time.
 - Rows come back in the order asked for. A text's vector depends on its batch in the last bits of float32 only (1e-5).
 - bf16 runs a copy of the body with bfloat16 weights; the base itself, which others share, stays as it is. What comes out is
   float32 either way.
@@ -25,8 +25,8 @@ from raysys.nn.pretrained import Base
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 """On a CPU what a batch goes through should stay in its caches: 4096 tokens of mixed lengths took a fifth longer."""
-LEAST_FULL = 0.9
-"""A batch that holds half of its tokens already takes no text that is shorter than this share of its longest."""
+PASS_TOKENS = {"cpu": 64, "cuda": 8192}
+"""What a forward pass costs besides its tokens, in tokens: measured on a CPU; a GPU would rather pad than start again."""
 
 
 class TextEncoder:
@@ -122,15 +122,29 @@ class TextEncoder:
             yield torch.from_numpy(rows), batch
 
     def _cut(self, length: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Texts of like length, the longest first: a batch ends where its tokens do, or where padding would begin to cost."""
-        order = np.argsort(-length, kind="stable")
-        start = 0
-        while start < len(order):
-            longest = int(length[order[start]])
-            most = max(1, self.batch_tokens // longest)
-            least = start + max(1, most // 2)
-            end = min(start + most, len(order))
-            alike = int(np.searchsorted(-length[order], -LEAST_FULL * longest, side="right"))
-            end = min(end, max(alike, least))
-            yield order[start:end]
-            start = end
+        """Texts of like length, the longest first."""
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        for rows in reversed(chunks(length.tolist(), PASS_TOKENS[kind], self.batch_tokens)):
+            yield np.array(rows)
+
+
+def chunks(lengths: Sequence[int], pass_tokens: int, most: int | None = None) -> list[list[int]]:
+    """Cut a batch into forward passes of texts of like lengths, at the least cost: (n,) lengths to indices, shortest first.
+
+    A pass costs its padded tokens plus `pass_tokens`, and has at most `most` padded tokens, or one text. The cut is the best one,
+    by dynamic programming over sorted lengths.
+    """
+    order = np.argsort(lengths, kind="stable")
+    sorted_lengths = np.asarray(lengths)[order].tolist()
+    best, start = np.zeros(len(order) + 1, np.int64), [0]
+    for end, longest in enumerate(sorted_lengths, start=1):
+        first = 0 if most is None else max(0, end - max(1, most // longest))
+        cost = best[first:end] + longest * np.arange(end - first, 0, -1)
+        cut = int(cost.argmin())
+        best[end] = cost[cut] + pass_tokens
+        start.append(first + cut)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[start[end] : end].tolist())
+        end = start[end]
+    return parts[::-1]

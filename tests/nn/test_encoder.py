@@ -1,10 +1,12 @@
 """Texts to vectors: what a vector may depend on, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from raysys.nn.encoder import TextEncoder
+from raysys.nn.encoder import TextEncoder, chunks
 from raysys.nn.pretrained import Base, load_base
 
 WORDS = [
@@ -89,6 +91,32 @@ def test_every_text_is_in_one_batch_and_batches_pad_little(base):
     padded = [len(rows) * length[rows].max() for rows in batches]
     assert max(padded) <= 1024
     assert sum(padded) < 1.03 * length.sum()
+
+
+def test_a_lone_long_text_pads_no_short_one(base):
+    batches = [rows.tolist() for rows in TextEncoder(base)._cut(np.array([10] * 7 + [128] + [10] * 8))]
+    assert batches == [[7], [*range(7), *range(8, 16)]]
+
+
+@pytest.mark.parametrize("most", [1, 7, 30, 1000])
+def test_batches_are_the_cheapest_of_all_cuts_within_the_limit(most):
+    rng = np.random.default_rng(most)
+    for _ in range(20):
+        length = rng.integers(1, 20, 7).tolist()
+
+        def cost(parts, length=length):
+            padded = [len(part) * max(length[i] for i in part) for part in parts]
+            fits = all(tokens <= most or len(part) == 1 for tokens, part in zip(padded, parts, strict=True))
+            return sum(padded) + 5 * len(parts) if fits else np.inf
+
+        order = sorted(range(7), key=length.__getitem__)
+        cuts = [
+            [order[a:b] for a, b in itertools.pairwise([0, *[i for i in range(1, 7) if bits >> i & 1], 7])]
+            for bits in range(0, 128, 2)
+        ]
+        made = chunks(length, 5, most)
+        assert sorted(i for part in made for i in part) == list(range(7))
+        assert cost(made) == min(map(cost, cuts)) < np.inf
 
 
 def test_a_causal_model_gives_its_last_token():

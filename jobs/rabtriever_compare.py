@@ -43,7 +43,8 @@ class CompareConfig(ClusterJob, Setting):
         return self
 
     baseline_steps: int = Field(100, ge=1)
-    """Steps of the fine-tuned bi-encoder and late interaction: by default about the CPU time of a teacher."""
+    """Steps of the fine-tuned bi-encoder and late interaction: by default about the CPU time of a teacher. The cross-encoder, far
+    dearer per step, gets a fifth."""
     seed: int = Field(10, ge=0, lt=2**63)
     """Every random number of the run derives from this one. Defaults were chosen while looking at seeds 0 to 2 of `rationale`."""
 

@@ -147,7 +147,9 @@ def contest(
             asked = spread(len(data.test), ASKED)
             best = kept["bi_encoder"] if "bi_encoder" in kept else baselines.bi_encoder(data, base, seed, steps)
             shortlist = best[asked].argsort(1)[:, ::-1][:, :TOP].copy()
-            scores = cross_encoder(replace(data, test=pick_queries(data.test, asked)), base, shortlist, seed)
+            scores = cross_encoder(
+                replace(data, test=pick_queries(data.test, asked)), base, shortlist, seed, max(1, steps // 5)
+            )
         else:
             train = baselines.bi_encoder if method == "bi_encoder" else baselines.late_interaction
             scores = train(data, base, seed, steps)

@@ -55,15 +55,25 @@ class CompareConfig(ClusterJob, Setting):
 
 def compare(config: CompareConfig, run: Run, session: Session) -> None:
     """Run every seed, then tables, figures and claims."""
-    setting = Setting.of({name: getattr(config, name) for name in Setting.model_fields})
-    seeds = range(config.seed, config.seed + config.seeds)
-    name = f"compare/{config.data}"
-    units = {
-        f"{name}/seed{s}": (run_seed, (setting, s, list(config.methods), config.shortlist, config.baseline_steps))
-        for s in seeds
-    }
-    results = list(run_stages(run, session, units, f"compare on {config.data}").values())
-    report(config, run, results)
+    compare_all([config], run, session)
+
+
+def compare_all(configs: list[CompareConfig], run: Run, session: Session) -> None:
+    """Several comparisons whose seeds share the machine's CPUs; then each one's report."""
+    units: dict[str, Any] = {}
+    named: list[list[str]] = []
+    for config in configs:
+        setting = Setting.of({name: getattr(config, name) for name in Setting.model_fields})
+        more = list(config.methods), config.shortlist, config.baseline_steps
+        own = {
+            f"compare/{config.data}/seed{s}": (run_seed, (setting, s, *more))
+            for s in range(config.seed, config.seed + config.seeds)
+        }
+        named.append(list(own))
+        units |= own
+    results = run_stages(run, session, units, f"compare on {', '.join(config.data for config in configs)}")
+    for config, names in zip(configs, named, strict=True):
+        report(config, run, [results[name] for name in names])
 
 
 def run_seed(setting: Setting, seed: int, methods: list[str], shortlist: int, steps: int) -> dict[str, Any]:

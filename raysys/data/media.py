@@ -1,0 +1,127 @@
+"""Pictures, sounds and texts from files that nobody vouches for, brought to one form.
+
+Notable choices
+- Sizes are bounded before anything is decoded: bytes of the file, pixels or samples that its header announces.
+- PNG and JPEG are the only picture formats that are ever decoded (Pillow knows dozens, each with its own parser), and PCM WAV,
+  read by the standard library, the only sound format.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from raysys.data.datasets import DataError
+from raysys.data.multimodal import F32, Form
+
+PICTURES = (".png", ".jpg", ".jpeg")
+MOST_BYTES = 64 << 20
+"""Largest file that is read."""
+MOST_PIXELS = 4096 * 4096
+MOST_SECONDS = 60
+
+
+def read_bytes(file: Path) -> bytes:
+    """A file of at most MOST_BYTES."""
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        raise DataError(f"data: {file} has {size} bytes; expected at most {MOST_BYTES}")
+    return file.read_bytes()
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file, of at most MOST_BYTES."""
+    try:
+        return read_bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def picture_size(file: Path) -> tuple[int, int]:
+    """(height, width) from the header of a PNG or JPEG file, whose pixels are not decoded."""
+    return _picture(file, None)[0]
+
+
+def read_picture(file: Path, form: Form) -> F32:
+    """A picture (C, H, W) in [0, 1], cut to the canvas' proportions around its middle and resized."""
+    return _picture(file, form)[1]
+
+
+def _picture(file: Path, form: Form | None) -> tuple[tuple[int, int], F32]:
+    from PIL import Image, UnidentifiedImageError
+
+    raw = io.BytesIO(read_bytes(file))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(raw, formats=("PNG", "JPEG")) as image:
+                width, height = image.size
+                if width * height > MOST_PIXELS or min(width, height) < 1 or getattr(image, "n_frames", 1) > 1:
+                    raise DataError(
+                        f"data: {file} has {width} x {height} pixels; expected one picture of at most {MOST_PIXELS}"
+                    )
+                if form is None:
+                    return (height, width), np.zeros(0, np.float32)
+                grey = form.channels == 1
+                scale = min(width / form.width, height / form.height)
+                w, h = scale * form.width, scale * form.height
+                box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+                whole = image.convert("L" if grey else "RGB")
+                small = whole.resize((form.width, form.height), Image.Resampling.BOX if scale > 1 else None, box=box)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"data: {file} is not a whole PNG or JPEG picture ({str(error).splitlines()[0]})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"data: {file} announces more pixels than {MOST_PIXELS}, and is not decoded") from error
+    pixels = (np.asarray(small, np.float32) / np.float32(255)).reshape(form.height, form.width, form.channels)
+    return (height, width), np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def sound_size(file: Path) -> tuple[int, int]:
+    """(samples per second, samples of a channel) of a WAV file."""
+    rate, found = _sound(file)
+    return rate, len(found)
+
+
+def read_sound(file: Path, form: Form) -> F32:
+    """A wave (n,) in [-1, 1] at the form's rate and length."""
+    from scipy.signal import resample_poly
+
+    rate, found = _sound(file)
+    ratio = Fraction(form.rate, rate)
+    if ratio != 1:
+        found = resample_poly(found, ratio.numerator, ratio.denominator)
+    out = np.zeros(form.samples, np.float32)
+    out[: len(found)] = np.clip(found[: form.samples], -1, 1)
+    return out
+
+
+def _sound(file: Path) -> tuple[int, F32]:
+    try:
+        with wave.open(io.BytesIO(read_bytes(file)), "rb") as sound:
+            channels, depth, rate, count, *_ = sound.getparams()
+            if not 1000 <= rate <= 192_000 or not 1 <= channels <= 8 or not 1 <= count <= rate * MOST_SECONDS:
+                raise DataError(
+                    f"data: {file} announces {channels} channels and {count} samples at {rate} Hz; expected 1 to 8 channels,"
+                    f" 1000 to 192000 Hz and up to {MOST_SECONDS} seconds"
+                )
+            raw = sound.readframes(count)
+    except (wave.Error, EOFError, OverflowError) as error:
+        raise DataError(f"data: {file} is not a whole PCM WAV file ({error or 'it ends early'})") from error
+    if len(raw) != count * channels * depth:
+        raise DataError(f"data: {file} announces {count * channels * depth} bytes of sound but holds {len(raw)}")
+    if depth == 1:
+        found: F32 = np.frombuffer(raw, np.uint8).astype(np.float32) / np.float32(128) - np.float32(1)
+    elif depth == 3:
+        wide = np.zeros((count * channels, 4), np.uint8)
+        wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        found = wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
+    else:
+        found = np.frombuffer(raw, f"<i{depth}").astype(np.float32) / np.float32(2.0 ** (8 * depth - 1))
+    return rate, found.reshape(count, channels).mean(1)

@@ -230,14 +230,27 @@ def _vision(laid: Laid, vision: Vision, scales: Sequence[tuple[int, int]], last:
     return predicts
 
 
+def window(frames: int) -> int:
+    """Frames that are merged into one when a video is understood: 4, or all of a shorter one (Section 2.6: K = 4 or 16 patches).
+
+    Raises:
+        ValueError: a longer video is not a multiple of 4 frames.
+    """
+    if frames > 4 and frames % 4:
+        raise ValueError(f"frames: got {frames} to be understood; expected at most 4, or a multiple of 4")
+    return min(frames, 4)
+
+
 def _look(laid: Laid, look: Look) -> None:
     frames, hp, wp = look.cnn.shape[:3]
     laid.word(Special.BOV if frames > 1 else Special.BOI)
     laid.look_start.append(len(laid))
     full, at = (hp // 2, wp // 2), laid.at
-    for i, position in enumerate(grid(*full, full, at, 0)):
-        laid.put(Kind.LOOK, 0, position, i == 0)
-    laid.at = at + max(full)
+    moments = frames // window(frames)
+    for moment in range(moments):
+        for i, position in enumerate(grid(*full, full, at, moment)):
+            laid.put(Kind.LOOK, 0, position, i == 0)
+    laid.at = at + max(moments - 1, full[0] - 1, full[1] - 1) + 1
     laid.word(Special.EOV if frames > 1 else Special.EOI)
 
 

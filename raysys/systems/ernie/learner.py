@@ -1,0 +1,219 @@
+"""Pre-training of the backbone: which samples a step has, its losses, and the optimizer.
+
+Shapes: M modalities, R rows, L layers.
+
+Notable choices
+- Which samples block b of step s gets is a function of (seed, s, b): each task goes through its samples in an order of its own
+  for every epoch. So training resumes anywhere, on any number of workers.
+- Each modality's loss is divided by its usual size ("posterior-based loss weighting"; the paper gives no formula, INFERRED). The
+  size is a trained number: its gradient says on which side of it the loss was, so it follows the median of the losses of all
+  workers, and needs no message of its own (as the selection bias of a mixture of experts does, see `raysys.nn.moe`).
+- The text loss is the mean over tasks that write text, so that captions are not lost beside running text.
+- History bits are flipped with a strength drawn per image and scale, as in Infinity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raysys.nn.balance import parameter_groups, switch_loss, z_loss
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.ernie.batch import Batch, Plan, pack
+from raysys.systems.ernie.elastic import sample as sample_elastic
+from raysys.systems.ernie.model import Outputs, UniModel, bit_loss
+from raysys.systems.ernie.setting import ModelSetting, PretrainSetting, Sizes
+from raysys.systems.ernie.stream import MODALITIES, TASKS, Sample, Text, lay
+from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
+
+GENERATED = ("t2i", "t2v", "t2a")
+NUDGE = 2.0**-40
+"""Size of a gradient of which only the sign is used; far below all others, so that it leaves a clipped norm alone."""
+
+
+class Corpus(Protocol):
+    """Tokenised samples by task."""
+
+    def size(self, task: str) -> int: ...
+
+    def get(self, task: str, index: int) -> Sample: ...
+
+
+class Pretrained(nn.Module):
+    """What is trained: the model, and the usual sizes (M,) of the modalities' losses, as logarithms."""
+
+    def __init__(self, model: UniModel) -> None:
+        super().__init__()
+        self.model = model
+        s = model.sizes
+        first = torch.tensor([float(np.log(s.vocabulary)), float(np.log(2)), float(np.log(s.codes))])
+        self.size = nn.Parameter(first.log())
+
+
+class _Follow(torch.autograd.Function):
+    """The identity on the loss, which tells `size` on which side of it each loss was."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, size: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.where(seen > 0, torch.sign(size.exp() - seen), torch.zeros_like(seen)))
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (side,) = ctx.saved_tensors
+        return grad, side * NUDGE, None
+
+
+class Draw:
+    """Which samples a block of a step has: `counts[task]` of each task, cycling through seeded orders."""
+
+    def __init__(self, corpus: Corpus, counts: dict[str, int], blocks: int, seed: int) -> None:
+        self.corpus, self.blocks, self.seeds = corpus, blocks, Seeds(seed)
+        self.counts = {task: count for task, count in counts.items() if count}
+        for task in self.counts:
+            if not corpus.size(task):
+                raise ValueError(f"samples: got {self.counts[task]} of {task}, of which the data has none")
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def samples(self, step: int, block: int) -> list[Sample]:
+        found = []
+        for task, count in self.counts.items():
+            first = (step * self.blocks + block) * count
+            found += [self.corpus.get(task, self._index(task, first + i)) for i in range(count)]
+        return found
+
+    def _index(self, task: str, position: int) -> int:
+        epoch, place = divmod(position, self.corpus.size(task))
+        if (task, epoch) not in self._orders:
+            for old in [key for key in self._orders if key[0] == task and key[1] < epoch - 1]:
+                del self._orders[old]
+            rng = self.seeds.rng(Stream.BATCH, TASKS.index(task), epoch)
+            self._orders[task, epoch] = rng.permutation(self.corpus.size(task))
+        return int(self._orders[task, epoch][place])
+
+
+class Pretraining:
+    """A `raysys.runtime.train.Learner` of the backbone."""
+
+    def __init__(
+        self, model: ModelSetting, setting: PretrainSetting, sizes: Sizes, bits: MultiScaleBits, corpus: Corpus, seed: int,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.setting, self.bits, self.device, self.seeds = setting, bits, device, Seeds(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(self.seeds.bits(Stream.INIT, 0, -1, 1)[0, 0] >> np.uint64(1)))
+            self.module = Pretrained(UniModel(model, sizes)).to(device).train()
+        self.draw = Draw(corpus, setting.samples.model_dump(), setting.blocks, seed)
+        self.steps, self.blocks = setting.steps, setting.blocks
+        self._metrics: dict[str, float] = {}
+
+    def before(self, step: int) -> None:
+        """Nothing is kept from one step for the next."""
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, stable, decay (Section 5.1)."""
+        s = self.setting
+        falling = max(1.0, s.cooldown * s.steps)
+        return s.lr * min(1.0, (step + 1) / max(1, s.warmup), (s.steps - step) / falling)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        s, model = self.setting, self.module.model
+        groups = parameter_groups(model, rate=s.lr, speed=model.setting.bias_speed, weight_decay=s.weight_decay)
+        follow = {
+            "params": [self.module.size],
+            "betas": (0.0, 0.0),
+            "eps": 1e-30,
+            "weight_decay": 0.0,
+            "lr_scale": 0.03 / s.lr,
+        }
+        return torch.optim.AdamW([*groups, {"lr": 0.03, **follow}], lr=s.lr)
+
+    def batch(self, step: int, block: int) -> Batch:
+        """What a block is trained on."""
+        generator = self.seeds.generator(Stream.SHUFFLE, block, step)
+        samples = [self._unconditional(one, generator) for one in self.draw.samples(step, block)]
+        s = self.module.model.sizes
+
+        def planner(latents: Tensor) -> Plan:
+            return flipped(self.bits, latents, self.setting.flip, generator)
+
+        laid = [lay(one, s.scales) for one in samples]
+        return pack(laid, self.setting.row, planner, s.bits, s.levels, s.codes).to(self.device)
+
+    def _unconditional(self, sample: Sample, generator: torch.Generator) -> Sample:
+        if sample.task not in GENERATED or not float(torch.rand((), generator=generator)) < self.setting.unconditional:
+            return sample
+        return replace(sample, segments=tuple(s for s in sample.segments if not isinstance(s, Text)))
+
+    def loss(self, step: int, block: int) -> Tensor:
+        model, batch = self.module.model, self.batch(step, block)
+        generator = self.seeds.generator(Stream.PARTICIPATION, block, step)
+        elastic = sample_elastic(batch.rows, model.setting, model.levels, self.setting.elastic, generator)
+        if elastic is not None and self.device != "cpu":
+            allowed = None if elastic.allowed is None else elastic.allowed.to(self.device)
+            elastic = type(elastic)(elastic.keep.to(self.device), elastic.active.to(self.device), allowed)
+        out = model(batch, elastic, further=model.mtp is not None)
+        parts = losses(model, batch, out)
+        seen = torch.stack([parts[m].detach() if m in parts else self.module.size.new_zeros(()) for m in MODALITIES])
+        scale = self.module.size.detach().exp()
+        total = sum((parts[m] / scale[i] for i, m in enumerate(MODALITIES) if m in parts), scale.new_zeros(()))
+        if "mtp" in parts:
+            total = total + model.setting.mtp_weight * parts["mtp"] / scale[0]
+        if model.setting.balance in ("aux", "both"):
+            for _, told in out.routed:
+                total = total + model.setting.aux_weight * switch_loss(told, model.setting.experts)
+                total = total + model.setting.z_weight * z_loss(told.logits)
+        self._metrics = {name: float(value.detach()) for name, value in parts.items()}
+        followed: Tensor = _Follow.apply(total, self.module.size, seen)  # type: ignore[no-untyped-call]
+        return followed
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+
+def flipped(bits: MultiScaleBits, latents: Tensor, most: float, generator: torch.Generator) -> Plan:
+    """Bits and inputs of latents (S, T, h, w, d) with flips in the history: for each image, frame and scale a strength from
+    {0, .01, ..., most}."""
+    steps = round(most * 100) + 1
+    if steps == 1:
+        return bits.plan(latents)
+    strength = torch.randint(0, steps, (*latents.shape[:2], len(bits.scales)), generator=generator) / 100.0
+    return bits.plan(latents, strength, generator)
+
+
+def losses(model: UniModel, batch: Batch, out: Outputs) -> dict[str, Tensor]:
+    """Mean losses by modality, as far as the batch has them: text (nats a token, mean over tasks), mtp, vision (nats a bit),
+    audio (nats a code, mean over levels)."""
+    found = {}
+    by_task = text_by_task(batch, out)
+    if by_task:
+        found["text"] = torch.stack(list(by_task.values())).mean()
+    if len(out.further):
+        found["mtp"] = F.cross_entropy(out.further.float(), batch.further[batch.further >= 0])
+    if len(batch.bit_at):
+        found["vision"] = bit_loss(out.bits, batch.bits, batch.bit_scale, model.sizes.scales)
+    if len(batch.code_at):
+        found["audio"] = torch.stack(code_losses(batch, out)).mean()
+    return found
+
+
+def text_by_task(batch: Batch, out: Outputs) -> dict[str, Tensor]:
+    """Mean cross-entropy of predicted text for each task that has some; of t2i and t2v that is the end of the image."""
+    wanted = batch.next >= 0
+    each = F.cross_entropy(out.text.float(), batch.next[wanted], reduction="none")
+    task = batch.task[wanted]
+    return {TASKS[t]: each[task == t].mean() for t in sorted(set(task.tolist()))}
+
+
+def code_losses(batch: Batch, out: Outputs) -> list[Tensor]:
+    """Mean cross-entropy of each level."""
+    found = []
+    for q, logits in enumerate(out.codes):
+        there = batch.code[:, q] >= 0
+        found.append(F.cross_entropy(logits[there].float(), batch.code[there, q]))
+    return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from raysys.systems.ernie.batch import Batch, Plan, Planner, pack
 from raysys.systems.ernie.elastic import Elastic, SubModel
 from raysys.systems.ernie.model import Choose, Outputs, UniModel
-from raysys.systems.ernie.stream import MODALITY, NONE, Kind, Sample, Special, lay
+from raysys.systems.ernie.stream import I64, MODALITY, NONE, Kind, Sample, Special, lay
 
 
 def no_vision(latents: Tensor) -> Plan:
@@ -30,6 +30,7 @@ class Flow:
         opened: the special token after each prompt, which says what is to come.
         room: places that will be fed after the prompts.
         planner: quantises images of the prompts; needed only if there are some.
+        begun: text (n,) of each row that follows `opened` and is given: the beginning of an answer that is to go on.
     """
 
     def __init__(
@@ -40,10 +41,14 @@ class Flow:
         room: int,
         sub: SubModel | None = None,
         planner: Planner = no_vision,
+        begun: Sequence[I64] | None = None,
     ) -> None:
         self.model, s = model, model.sizes
         self.device = model.embed_text.weight.device
         laid = [lay(prompt, s.scales, opened) for prompt in prompts]
+        for one, ids in zip(laid, begun or (), strict=begun is not None):
+            for id in ids:
+                one.word(int(id))
         self.prompt = pack(laid, None, planner, s.bits, s.levels, s.codes).to(str(self.device))
         self.rows, width = self.prompt.ids.shape
         ends = torch.tensor([len(one) - 1 for one in laid], device=self.device)

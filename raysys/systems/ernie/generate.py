@@ -51,14 +51,16 @@ def write(
     generator: torch.Generator,
     sub: SubModel | None = None,
     routes: bool = False,
+    begun: Sequence[I64] | None = None,
     told: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Written:
     """Continue prompts by text, until <eos> or `limit` tokens.
 
     Args:
+        begun: first tokens (n,) of each answer, which are given (a hint, or what was written before); not in what is returned.
         told: called with rows and their tokens as they are drawn (streaming).
     """
-    flow = Flow(model, prompts, Special.SEP, limit, sub)
+    flow = Flow(model, prompts, Special.SEP, limit, sub, begun=begun)
     draws = torch.rand(flow.rows, limit, generator=generator).to(flow.device)
     asked = torch.full_like(flow.prompt.next, NONE)
     asked.view(-1)[flow.last] = 0

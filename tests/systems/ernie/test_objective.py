@@ -188,7 +188,7 @@ def test_padding_changes_nothing_whatever_it_holds():
 
 
 def test_the_kl_of_the_engines_is_the_exact_one_in_expectation():
-    p, q = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.5, 0.2, 0.3]).double()
+    p, q = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.2, 0.3]], dtype=torch.float64)
     exact = float((p * (p / q).log()).sum())  # KL(train || infer), tokens drawn from infer = q
     one = torch.tensor([[True]])
     told = [o.train_infer_kl(p.log()[None, [i]], q.log()[None, [i]], one) for i in range(3)]

@@ -28,7 +28,7 @@ Average = Literal["sequence", "token"]
 
 
 class Judged(NamedTuple):
-    """What an update needs of B answers; only `new` and `entropy` carry gradients."""
+    """What an update needs of B answers; only `new` carries a gradient."""
 
     new: Tensor
     old: Tensor
@@ -203,6 +203,4 @@ def loss(setting: ObjectiveSetting, judged: Judged) -> tuple[Tensor, dict[str, f
         "kl_train_infer": train_infer_kl(old, infer, mask),
         "entropy": float(averaged(entropy.detach(), mask, "token")),
     }
-    if setting.entropy_bonus:
-        value = value - setting.entropy_bonus * averaged(entropy, mask, "token")
     return value, metrics

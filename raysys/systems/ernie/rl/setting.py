@@ -46,8 +46,6 @@ class ObjectiveSetting(Config):
     """WPSM: a query counts as mastered above this success rate (INFERRED)."""
     wpsm_only_positive: bool = True
     """WPSM: only answers with a positive advantage (INFERRED: the name says positive samples, eq. 4 does not)."""
-    entropy_bonus: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus; the paper has none."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:

@@ -1,0 +1,8 @@
+"""A small model and random samples of every task."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

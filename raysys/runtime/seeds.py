@@ -30,6 +30,7 @@ class Stream(IntEnum):
     ATTACK = 5
     PARTICIPATION = 6
     SHUFFLE = 7
+    ROLLOUT = 8
 
 
 def _mix(x: U64) -> U64:

@@ -76,6 +76,8 @@ class HintSetting(Config):
     """p_init: share of the reference trace that is shown at first; 0 is off [P]."""
     gamma: float = Field(0.3, ge=0)
     """Annealing rate by iteration and pass rate (INFERRED)."""
+    tries: int = Field(2, ge=1)
+    """k of pass@k, which each training question is measured by before RL begins (INFERRED)."""
     floor: float = Field(0.05, ge=0, le=1)
     """Least pass rate reckoned with; 0 is eq. 5 as printed, which never anneals the hints of queries never solved (INFERRED)."""
 

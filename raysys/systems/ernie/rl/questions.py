@@ -1,0 +1,88 @@
+"""Questions of the environments, in a fixed order: what is asked in which iteration, and who judges the answers.
+
+Notable choices
+- Queries alternate between the environments, so every batch and minibatch is a mixture (unified RL [P]). Each environment's own
+  questions come in seeded orders, one for each epoch.
+- A question is known by (environment, seed, split): the judge asks the environment again, and no answer key travels with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.ernie.environments import SingleTurn, make
+from raysys.systems.ernie.environments.question import Split
+
+I64 = NDArray[np.int64]
+SPARE = 1_000_000
+"""Seeds from here on are the warm start's, so that no question of RL was answered for the model before."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the policy reads it."""
+
+    name: str
+    split: Split
+    seed: int
+    prompt: Any
+    trace: I64
+    """Tokens of the reference trace, without <eos>."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All questions of a run: (E P) to train on, environment by environment, and (E m) held-out ones."""
+
+    names: tuple[str, ...]
+    train: Sequence[Asked]
+    test: Sequence[Asked]
+    seed: int
+
+    def of_query(self, query: int) -> int:
+        """Which training question the query-th query asks."""
+        count, each = len(self.names), len(self.train) // len(self.names)
+        environment, place = query % count, query // count
+        epoch, place = divmod(place, each)
+        order = Seeds(self.seed).rng(Stream.SHUFFLE, environment, epoch).permutation(each)
+        return environment * each + int(order[place])
+
+
+Read = Callable[[str, Any], Any]
+"""Environment and observation to a prompt."""
+Encode = Callable[[str], I64]
+
+
+def ask(
+    names: Sequence[str], options: Mapping[str, Mapping[str, Any]], split: Split, seeds: range, read: Read, encode: Encode
+) -> list[Asked]:  # fmt: skip
+    """Questions of each environment, one for each seed; `options` are the environments' difficulty."""
+    found = []
+    for name in names:
+        environment = make(name, **options.get(name, {}))
+        for seed in seeds:
+            observation, info = environment.reset(seed=seed, options={"split": split})
+            found.append(Asked(name, split, seed, read(name, observation), encode(info["trace"])))
+    return found
+
+
+class Judge:
+    """The verifier: an environment of each kind, asked again and answered."""
+
+    def __init__(self, options: Mapping[str, Mapping[str, Any]]) -> None:
+        self.options = options
+        self.environments: dict[str, SingleTurn] = {}
+
+    def reward(self, asked: Asked, text: str) -> float:
+        """What an answer earns."""
+        if asked.name not in self.environments:
+            self.environments[asked.name] = make(asked.name, **self.options.get(asked.name, {}))
+        environment = self.environments[asked.name]
+        environment.reset(seed=asked.seed, options={"split": asked.split})
+        return float(environment.step(text)[1])

@@ -25,6 +25,31 @@ class Sizes(NamedTuple):
     channels: int
 
 
+class FormSetting(Config):
+    """What all data is brought to (`raysys.data.multimodal.Form`)."""
+
+    frames: int = Field(4, ge=1, le=64)
+    """Frames of a video."""
+    channels: Literal[1, 3] = 1
+    """1 grey, 3 colour."""
+    height: int = Field(16, ge=8, le=512)
+    """Pixels, a multiple of 4."""
+    width: int = Field(16, ge=8, le=512)
+    """Pixels, a multiple of 4."""
+    rate: int = Field(4000, ge=1000, le=48_000)
+    """Samples per second of audio."""
+    samples: int = Field(2048, ge=64)
+    """Samples of an audio."""
+    tones: int = Field(1500, ge=1)
+    """Tones drawn for training (embedded data)."""
+    videos: int = Field(1500, ge=1)
+    """Videos drawn for training (embedded data)."""
+    held_out: int = Field(200, ge=1)
+    """Videos and tones drawn for testing (embedded data)."""
+    piece: int = Field(400, ge=16)
+    """Most characters of a piece of text."""
+
+
 class ModelSetting(Config):
     """The backbone: identical layers of attention and a mixture of experts, over all modalities."""
 

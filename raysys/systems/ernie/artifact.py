@@ -51,6 +51,8 @@ class Description(Config):
     """Whether the model's file has the module of multi-token prediction (a sub-model that was cut out has none)."""
     data: str
     licence: str
+    tasks: tuple[str, ...]
+    """What the data has examples of; without any of its kind a tokenizer is untrained."""
     files: dict[str, str]
     """SHA-256 of each file."""
 
@@ -65,13 +67,15 @@ class Tokenizers:
     audio: AudioCodec
     data: str
     licence: str
+    tasks: tuple[str, ...]
+    """What the data has examples of, of `stream.TASKS`."""
 
     @property
     def sizes(self) -> Sizes:
         """What they fix of a model."""
         v, a = self.visual, self.audio
         return Sizes(
-            self.text.size, v.setting.bits, v.quantiser.scales, a.setting.codes, a.setting.levels, v.setting.width,
+            self.text.size, v.setting.bits, v.quantiser.scales, a.setting.codes, a.setting.levels, v.feature_width,
             self.form.channels,
         )  # fmt: skip
 
@@ -85,7 +89,7 @@ class Bundle(Tokenizers):
     @classmethod
     def of(cls, tokenizers: Tokenizers, model: UniModel) -> Bundle:
         t = tokenizers
-        return cls(t.form, t.text, t.visual, t.audio, t.data, t.licence, model)
+        return cls(t.form, t.text, t.visual, t.audio, t.data, t.licence, t.tasks, model)
 
     @torch.no_grad()
     def hear(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -114,7 +118,7 @@ def save(storage: Storage, bundle: Tokenizers) -> None:
     told = Description(
         format=FORMAT, form=bundle.form, visual=bundle.visual.setting, audio=bundle.audio.setting,
         model=None if model is None else model.setting, multi_token=model is not None and model.mtp is not None,
-        data=bundle.data, licence=bundle.licence,
+        data=bundle.data, licence=bundle.licence, tasks=bundle.tasks,
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )  # fmt: skip
     storage.write_bytes(f"{FOLDER}/ernie.json", told.model_dump_json(indent=1).encode())
@@ -150,7 +154,7 @@ def load_tokenizers(run: str) -> Tokenizers:
     audio = AudioCodec(told.audio)
     for module, name in ((visual, "visual.safetensors"), (audio, "audio.safetensors")):
         _fill(module, _read(storage, told, name), name)
-    return Tokenizers(told.form, text, visual.eval(), audio.eval(), told.data, told.licence)
+    return Tokenizers(told.form, text, visual.eval(), audio.eval(), told.data, told.licence, told.tasks)
 
 
 def load(run: str, device: str = "cpu") -> Bundle:

@@ -4,7 +4,7 @@ Shapes: R rows, n tokens of the longest answer, L layers, k experts of a token.
 
 Notable choices
 - The rollout engine and the training engine are the same module here. Real systems have two, which differ in the last bits;
-  `mismatched` imitates that, in the open: rollouts compute with weights that are rounded to bfloat16, or whose routers have noise.
+  `mismatched` imitates that in the open: rollouts compute with weights rounded to bfloat16, or whose routers have noise.
 - Balancing biases stay as pre-training left them (INFERRED), and the module stays in evaluation mode.
 """
 

@@ -29,7 +29,7 @@ MOST_BITS = 62
 
 
 class Plan(NamedTuple):
-    """What teacher forcing needs of grids: `bits[k]` (..., h_k, w_k, d) bool is to be predicted, `inputs[k]` is seen after scale k.
+    """What teacher forcing needs of grids: `bits[k]` (..., h_k, w_k, d) bool to be predicted, `inputs[k]` seen after scale k.
 
     `inputs[k]` for k < K - 1 is the accumulated code of the scales up to k, resized to scale k + 1; `inputs[K - 1]` is the whole
     accumulated code (..., h, w, d). Inputs have the flips in them, bits are the right answers given these inputs.
@@ -135,6 +135,15 @@ class MultiScaleBits(nn.Module):
     def quantise(self, z: Tensor) -> Tensor:
         """The whole accumulated code (..., h, w, d) of normalised grids `z`, without flips."""
         return self.plan(z).inputs[-1]
+
+    def residuals(self, z: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What each scale of normalised grids `z` quantises (..., h_k, w_k, d), with gradients, and the whole code, without."""
+        found, acc = [], None
+        for k in range(len(self.scales)):
+            found.append(self._residual(z, acc, k))
+            acc = self.accumulate(acc, found[-1].detach() > 0, k)
+        assert acc is not None
+        return found, acc
 
     def accumulate(self, acc: Tensor | None, bits: Tensor, k: int) -> Tensor:
         """The accumulated code (..., h, w, d) after scale k, whose bits are (..., h_k, w_k, d); None is nothing so far."""

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raysys.nn import few
+
 CHUNK = 512
 """Rows that the loop handles together, unless one expert has more: 512 x (2D + 3F) floats fit a second-level cache."""
 
@@ -68,6 +70,8 @@ def mixture(
     Returns:
         (N, D) in x's dtype. Products are in autocast's dtype, sums over a token's experts in float32 at least.
     """
+    if path is None and few.applies(x, w_in, chosen):
+        return few.mixture(x, w_in, w_out, chosen, gates)
     plan = dispatch(chosen, len(w_in))
     kind = x.device.type
     weights = gates.reshape(-1).index_select(0, plan.order)

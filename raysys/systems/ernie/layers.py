@@ -91,7 +91,7 @@ class Attention(nn.Module):
         """x (R, T, D), visible (R, T, S): (R, T, D)."""
         r, t, width = x.shape
         q, k, v = self.qkv(x).view(r, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm_q(q), turn), rotate(self.norm_k(k), turn)
+        q, k = rotate(torch.cat([self.norm_q(q), self.norm_k(k)], 1), turn).chunk(2, 1)
         if cache is not None:
             k, v = cache.put(layer, k, v)
         seen = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible[:, None])

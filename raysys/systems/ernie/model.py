@@ -130,16 +130,16 @@ class UniModel(nn.Module):
         turn = self.rotary(batch.position)
         visible = batch.visible() if cache is None else cache.extend(batch.valid, batch.group)
         routed, code_logits, chosen = list[tuple[Tensor, Routed]](), list[Tensor](), list[Tensor]()
-        first = self.setting.layers - self.levels
+        first, every = self.setting.layers - self.levels, self._span(batch, None, elastic)
         for number, layer in enumerate(self.layers):
-            kept = None
-            if elastic is not None and not bool(elastic.keep[:, number].all()):
-                kept = elastic.keep[:, number].nonzero().flatten()
-            if kept is None or len(kept):
-                x, told = self._layer(layer, number, x, batch, turn, visible, kept, elastic, cache, replay)  # type: ignore[arg-type]
-                routed.append(told)
-            else:
+            span: _Span | None = every
+            if elastic is not None and not (keep := elastic.keep[:, number]).all():
+                span = self._span(batch, keep.nonzero().flatten(), elastic) if keep.any() else None
+            if span is None:
                 routed.append(self._nothing(x))
+            else:
+                x, told = self._layer(layer, number, x, turn, visible, span, elastic, cache, replay)  # type: ignore[arg-type]
+                routed.append(told)
             if number >= first and len(batch.code_at):
                 x, logits, code = self._level(number - first, x, batch, choose)
                 code_logits.append(logits)
@@ -169,47 +169,49 @@ class UniModel(nn.Module):
             x = x.index_add(0, batch.audio_at, self.embed_codes[levels, batch.codes].sum(1).to(x.dtype))
         return x.view(shape)
 
-    def _layer(
-        self, layer: Layer, number: int, x: Tensor, batch: Batch, turn: tuple[Tensor, Tensor], visible: Tensor,
-        kept: Tensor | None, elastic: Elastic | None, cache: Cache | None, replay: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Routed]]:  # fmt: skip
-        """One layer on the rows that keep it."""
-        valid = batch.valid
-        if kept is not None:
-            if cache is not None:
-                raise ValueError("with a cache, all rows keep the same layers")
-            whole, x, valid = x, x[kept], valid[kept]
-            turn, visible = (turn[0][kept], turn[1][kept]), visible[kept]
-        x = x + layer.attention(layer.norm_attention(x), turn, visible, cache, number)
-        inside = valid.flatten().nonzero().flatten()
-        row = inside // x.shape[1]
+    def _span(self, batch: Batch, kept: Tensor | None, elastic: Elastic | None) -> _Span:
+        """Where a layer is computed that `kept` rows keep (None: all)."""
+        valid = batch.valid if kept is None else batch.valid[kept]
+        whole = kept is None and bool(valid.all())
+        inside = torch.arange(valid.numel(), device=valid.device) if whole else valid.flatten().nonzero().flatten()
+        row = inside // valid.shape[1]
         row = row if kept is None else kept[row]
-        places = row * x.shape[1] + inside % x.shape[1]
-        flat = x.reshape(-1, x.shape[-1])
-        active, allowed, counted = self._restrict(elastic, number, row, batch.modality.flatten()[places])
-        y, told = layer.moe(
-            layer.norm_moe(flat[inside]), active=active, allowed=allowed, counted=counted,
-            replay=None if replay is None else replay[number],
-        )  # fmt: skip
-        x = flat.index_add(0, inside, y.to(flat.dtype)).view(x.shape)
-        return (x if kept is None else whole.index_copy(0, kept, x)), (places, told)
-
-    def _restrict(
-        self, elastic: Elastic | None, number: int, row: Tensor, modality: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Active experts (N,), allowed experts (N, E) and whether each token counts for the balance, or None for all."""
-        active = allowed = counted = None
+        places = inside if kept is None else row * valid.shape[1] + inside % valid.shape[1]
+        active = counted = None
         if elastic is not None:
             if bool((elastic.active < self.setting.active).any()):
                 active = elastic.active[row]
-            if elastic.allowed is not None:
-                allowed = elastic.allowed[number, row]
-            if active is not None or allowed is not None:
+            if active is not None or elastic.allowed is not None:
                 counted = elastic.counted(self.setting.active)[row]
+        own = None
         if self.setting.routing == "separated":
-            own = self.experts_of[modality]
-            allowed = own if allowed is None else own & allowed
-        return active, allowed, counted
+            own = self.experts_of[batch.modality.flatten()[places]]
+        return _Span(kept, whole, inside, row, places, active, counted, own)
+
+    def _layer(
+        self, layer: Layer, number: int, x: Tensor, turn: tuple[Tensor, Tensor], visible: Tensor,
+        span: _Span, elastic: Elastic | None, cache: Cache | None, replay: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Routed]]:  # fmt: skip
+        """One layer on the rows that keep it."""
+        kept = span.kept
+        if kept is not None:
+            if cache is not None:
+                raise ValueError("with a cache, all rows keep the same layers")
+            everything, x = x, x[kept]
+            turn, visible = (turn[0][kept], turn[1][kept]), visible[kept]
+        x = x + layer.attention(layer.norm_attention(x), turn, visible, cache, number)
+        flat = x.reshape(-1, x.shape[-1])
+        allowed = span.own
+        if elastic is not None and elastic.allowed is not None:
+            mine = elastic.allowed[number, span.row]
+            allowed = mine if allowed is None else mine & allowed
+        y, told = layer.moe(
+            layer.norm_moe(flat if span.whole else flat[span.inside]),
+            active=span.active, allowed=allowed, counted=span.counted, replay=None if replay is None else replay[number],
+        )  # fmt: skip
+        y = y.to(flat.dtype)
+        x = (flat + y if span.whole else flat.index_add(0, span.inside, y)).view(x.shape)
+        return (x if kept is None else everything.index_copy(0, kept, x)), (span.places, told)
 
     def _nothing(self, x: Tensor) -> tuple[Tensor, Routed]:
         k, e = self.setting.active, self.setting.experts
@@ -238,6 +240,27 @@ class UniModel(nn.Module):
         state = self.mtp(x, following, (turn[0][rows], turn[1][rows]), visible[rows])
         logits: Tensor = self.text(self.norm(state[wanted[rows]]))
         return logits
+
+
+class _Span(NamedTuple):
+    """Where a layer is computed, and how its tokens are routed."""
+
+    kept: Tensor | None
+    """Rows; None for all."""
+    whole: bool
+    """Whether all places of all rows are."""
+    inside: Tensor
+    """(N,) flat places within the kept rows."""
+    row: Tensor
+    """(N,) row of each."""
+    places: Tensor
+    """(N,) flat places within the batch."""
+    active: Tensor | None
+    """(N,) active experts, or None for k."""
+    counted: Tensor | None
+    """(N,) whether a token counts for the balance, or None for all."""
+    own: Tensor | None
+    """(N, E) experts of each token's modality, where they are kept apart."""
 
 
 class Further(nn.Module):

@@ -27,7 +27,7 @@ class Flow:
     """Prompts that have been laid out and are ready to be read; all rows use the same sub-model.
 
     Args:
-        opened: the special token after each prompt, which says what is to come.
+        opened: the special token after each prompt, which says what is to come; None goes on with the prompt itself.
         room: places that will be fed after the prompts.
         planner: quantises images of the prompts; needed only if there are some.
         begun: text (n,) of each row that follows `opened` and is given: the beginning of an answer that is to go on.
@@ -37,7 +37,7 @@ class Flow:
         self,
         model: UniModel,
         prompts: Sequence[Sample],
-        opened: Special,
+        opened: Special | None,
         room: int,
         sub: SubModel | None = None,
         planner: Planner = no_vision,

@@ -3,8 +3,7 @@
 Shapes: R prompts, V vocabulary, K scales (h_k, w_k), d bits, Q levels, T frames.
 
 Notable choices
-- Random numbers are drawn for all places of all rows beforehand and used by inverting the distribution function, so what a row
-  gets does not depend on when others end.
+- The steps themselves are in `steps`, for who wants to hold them in hand (serving).
 - Guidance, as in VideoAR and VAR: logits (1 + g) conditional - g unconditional, where g grows from 0 at the first scale to its
   full size at the last. The unconditional half runs as rows of its own.
 - A temperature of 0 takes the most likely.
@@ -22,9 +21,10 @@ from torch import Tensor
 
 from raysys.systems.ernie.batch import Batch, pack
 from raysys.systems.ernie.elastic import SubModel
-from raysys.systems.ernie.flow import Flow, no_vision
+from raysys.systems.ernie.flow import no_vision
 from raysys.systems.ernie.model import Outputs, UniModel
-from raysys.systems.ernie.stream import F32, I64, NONE, Sample, Special, Text, grid, lay
+from raysys.systems.ernie.steps import audio_steps, frame_steps, text_steps
+from raysys.systems.ernie.stream import F32, I64, Sample, Special, Text, lay
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 
 
@@ -60,17 +60,14 @@ def write(
         begun: first tokens (n,) of each answer, which are given (a hint, or what was written before); not in what is returned.
         told: called with rows and their tokens as they are drawn (streaming).
     """
-    flow = Flow(model, prompts, Special.SEP, limit, sub, begun=begun)
-    draws = torch.rand(flow.rows, limit, generator=generator).to(flow.device)
-    asked = torch.full_like(flow.prompt.next, NONE)
-    asked.view(-1)[flow.last] = 0
-    out = flow.start(next=asked)
-    read = _routes(out, flow.prompt.valid) if routes else None
+    draws = torch.rand(len(prompts), limit, generator=generator)
+    steps = text_steps(
+        model, prompts, limits=[limit] * len(prompts), temperature=temperature, draws=draws, sub=sub, begun=begun
+    )
     ids, logp = [list[int]() for _ in prompts], [list[float]() for _ in prompts]
     ended = [False] * len(prompts)
-    rows = torch.arange(flow.rows, device=flow.device)
-    for i in range(limit):
-        token, value = pick(out.text, temperature, draws[rows, i])
+    read = [list[NDArray[np.int16]]() for _ in prompts] if routes else None
+    for rows, token, value, out, valid in steps:
         if told is not None:
             told(rows, token)
         for row, t, v in zip(rows.tolist(), token.tolist(), value.tolist(), strict=True):
@@ -79,32 +76,11 @@ def write(
                 ended[row] = True
             else:
                 ids[row].append(t)
-        going = (token != Special.EOS).nonzero().flatten()
-        if i + 1 == limit or not len(going):
-            break
-        if len(going) < len(rows):
-            rows, token = rows[going], token[going]
-            flow.pick(going)
-        out = flow.text(token)
         if read is not None:
-            for row, more in zip(
-                rows.tolist(), _routes(out, torch.ones_like(token, dtype=torch.bool)[:, None]), strict=True
-            ):
-                read[row] = np.concatenate([read[row], more])
-    return Written([np.array(one, np.int64) for one in ids], [np.array(one, np.float32) for one in logp], ended, read)
-
-
-def pick(logits: Tensor, temperature: float, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """A choice (R,) from logits (R, V) by uniform numbers (R,), and its log-probability under what it was drawn from (that of
-    temperature 1 where the most likely is taken)."""
-    spread = (logits.float() / (temperature if temperature > 0 else 1.0)).log_softmax(-1)
-    if temperature > 0:
-        below = spread.double().exp().cumsum(-1)
-        chosen = torch.searchsorted(below, (draw.double()[:, None] * below[:, -1:]), right=True).squeeze(1)
-        chosen = chosen.clamp(max=logits.shape[-1] - 1)
-    else:
-        chosen = spread.argmax(-1)
-    return chosen, spread.gather(1, chosen[:, None]).squeeze(1)
+            for row, more in zip(rows.tolist(), _routes(out, valid), strict=True):
+                read[row].append(more)
+    every = None if read is None else [np.concatenate(one) for one in read]
+    return Written([np.array(one, np.int64) for one in ids], [np.array(one, np.float32) for one in logp], ended, every)
 
 
 def _routes(out: Outputs, valid: Tensor) -> list[NDArray[np.int16]]:
@@ -178,45 +154,16 @@ def draw(
     Returns:
         (R, T, h, w, d) accumulated codes, which the visual tokenizer decodes.
     """
-    count, full = len(prompts), bits.grid
-    bare = [Sample(p.task, tuple(s for s in p.segments if not isinstance(s, Text))) for p in prompts]
-    both = [*prompts, *bare] if guidance else list(prompts)
-    every = sum(h * w for h, w in bits.scales[1:]) + full[0] * full[1]
-    flow = Flow(model, both, Special.BOV if frames > 1 else Special.BOI, frames * every, sub)
-    plan = None if given is None else bits.plan(given)
-    logits = flow.start(bit_at=flow.last).bits[:, None]
     done = []
-    for frame in range(frames):
-        acc: Tensor | None = None
-        for k, (h, w) in enumerate(bits.scales):
-            if given is not None and plan is not None and frame < given.shape[1]:
-                chosen = plan.bits[k][:, frame]
-            else:
-                share = guidance * k / max(1, len(bits.scales) - 1)
-                cond = logits[:count].float()
-                mixed = (1 + share) * cond - share * logits[count:].float() if guidance else cond
-                chosen = _bits(mixed, temperature, generator).view(count, h, w, -1)
-            acc = bits.accumulate(acc, chosen, k)
-            last = k + 1 == len(bits.scales)
-            size = bits.scales[k] if last else bits.scales[k + 1]
-            seen = bits.resized(acc, k if last else k + 1).flatten(1, 2)
-            places = torch.tensor(grid(*size, full, 0.0, frame), device=flow.device)
-            if last and frame + 1 == frames:
-                break
-            fed = torch.cat([seen, seen]) if guidance else seen
-            logits = flow.visual(fed, places, k + 1, not last).bits.view(len(both), -1, bits.width)
-        assert acc is not None
-        done.append(acc)
-        if told is not None:
-            told(frame, acc)
+    for step in frame_steps(
+        model, bits, prompts, frames=frames, generator=generator, temperature=temperature, guidance=guidance,
+        given=given, sub=sub,
+    ):  # fmt: skip
+        if step.last:
+            done.append(step.acc)
+            if told is not None:
+                told(step.frame, step.acc)
     return torch.stack(done, 1)
-
-
-def _bits(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature <= 0:
-        return logits > 0
-    drawn = torch.rand(logits.shape, generator=generator).to(logits.device)
-    return drawn < (logits / temperature).sigmoid()
 
 
 @torch.no_grad()
@@ -235,30 +182,10 @@ def speak(
     Args:
         told: called with rows and the codes (rows, Q) of their next frame (streaming).
     """
-    flow, levels, end = Flow(model, prompts, Special.BOA, limit, sub), model.levels, model.sizes.codes
-    draws = torch.rand(flow.rows, limit, levels, generator=generator).to(flow.device)
-    rows = torch.arange(flow.rows, device=flow.device)
     found = [list[Tensor]() for _ in prompts]
-    step = 0
-
-    def choose(level: int, logits: Tensor) -> Tensor:
-        return pick(logits, temperature, draws[rows, step, level])[0]
-
-    unknown = torch.full((flow.rows, levels), NONE, device=flow.device)
-    chosen = flow.start(choose, code_at=flow.last, code=unknown).chosen
-    while True:
-        going = (chosen[:, 0] != end).nonzero().flatten()
-        if not len(going):
-            break
-        if len(going) < len(rows):
-            rows, chosen = rows[going], chosen[going]
-            flow.pick(going)
+    for rows, chosen in audio_steps(model, prompts, limit=limit, temperature=temperature, generator=generator, sub=sub):
         if told is not None:
             told(rows, chosen)
         for row, one in zip(rows.tolist(), chosen.cpu(), strict=True):
             found[row].append(one)
-        step += 1
-        if step == limit:
-            break
-        chosen = flow.codes(chosen, choose).chosen
-    return [torch.stack(one).numpy() if one else np.zeros((0, levels), np.int64) for one in found]
+    return [torch.stack(one).numpy() if one else np.zeros((0, model.levels), np.int64) for one in found]

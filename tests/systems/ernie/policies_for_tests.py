@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysys.systems.ernie.generate import Written, pick
+from raysys.systems.ernie.generate import Written
+from raysys.systems.ernie.steps import pick
 from raysys.systems.ernie.rl.questions import Asked, Questions
 from raysys.systems.ernie.rl.rollout import InProcess, Worker
 from raysys.systems.ernie.rl.setting import RLSetting

@@ -9,7 +9,8 @@ from streams_for_tests import SCALES, SIZES, SMALL, audio, look, packed, quantis
 from test_elastic import SUBS
 
 from raysys.systems.ernie.elastic import SubModel
-from raysys.systems.ernie.generate import answer_logp, draw, pick, speak, write
+from raysys.systems.ernie.generate import answer_logp, draw, speak, write
+from raysys.systems.ernie.steps import pick, text_steps
 from raysys.systems.ernie.stream import Audio, Sample, Special, Text, Vision
 
 
@@ -162,3 +163,25 @@ def test_a_sub_model_writes_as_it_reads():
 def test_all_tasks_are_covered():
     assert {one.task for one in samples()} == {"lm", "t2i", "i2t", "t2v", "v2t", "t2a", "a2t"}
     assert SubModel.full(SMALL).active == SMALL.active
+
+
+def test_steps_can_be_stopped_row_by_row_and_each_row_has_its_own_limit():
+    model, draws = small_model(), torch.rand(4, 12, generator=generator(8))
+    alone = []
+    for i, prompt in enumerate(prompts()):
+        steps = text_steps(model, [prompt], limits=[12], temperature=1.0, draws=draws[i : i + 1])
+        with torch.no_grad():
+            alone.append([int(step.ids[0]) for step in steps])
+    found, limits = [list[int]() for _ in alone], [12, 3, 12, 5]
+    steps = text_steps(model, prompts(), limits=limits, temperature=1.0, draws=draws)
+    gone = None
+    with torch.no_grad():
+        while True:
+            try:
+                step = steps.send(gone)
+            except StopIteration:
+                break
+            for row, id in zip(step.rows.tolist(), step.ids.tolist(), strict=True):
+                found[row].append(id)
+            gone = {2} if len(found[2]) == 2 else None
+    assert found == [alone[0], alone[1][:3], alone[2][:2], alone[3][:5]]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raysys.systems.ernie.generate import Written
-from raysys.systems.ernie.steps import pick
 from raysys.systems.ernie.rl.questions import Asked, Questions
 from raysys.systems.ernie.rl.rollout import InProcess, Worker
 from raysys.systems.ernie.rl.setting import RLSetting
+from raysys.systems.ernie.steps import pick
 from raysys.systems.ernie.stream import Special
 
 VOCABULARY = 7

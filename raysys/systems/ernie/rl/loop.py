@@ -47,7 +47,7 @@ class Loop:
         self.hands, self.questions, self.setting = hands, questions, setting
         self.updater = Updater(policy, setting)
         b = setting.buffer
-        self.buffer = Buffer(setting.iterations * b.batch, b.batch, b.depth, b.slots or b.batch * b.depth)
+        self.buffer = Buffer(setting.iterations * b.batch, b.batch, b.depth, b.slots or b.batch * (b.depth + 1) // 2)
         self.under_way: dict[int, tuple[Answer, ...]] = {}
         self.seen = np.zeros((len(questions.train), 2))
         """(E P, 2) of each question: answers, right answers."""

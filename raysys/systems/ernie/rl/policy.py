@@ -51,7 +51,7 @@ class ModelPolicy:
     """The unified model as a policy; prompts are samples."""
 
     def __init__(self, model: UniModel) -> None:
-        self.module = model.eval()
+        self.module = model.eval().requires_grad_(True)
         for part in model.modules():
             if isinstance(part, MoE):
                 part.bias.requires_grad_(False)

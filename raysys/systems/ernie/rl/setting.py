@@ -4,10 +4,11 @@ its text leaves open is marked INFERRED.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from raysys.data.multimodal import Form
 from raysys.runtime.config import Config
 
 Name = Literal["arithmetic", "count", "tones", "nextframe"]
@@ -64,7 +65,7 @@ class BufferSetting(Config):
     depth: int = Field(2, ge=1)
     """N: the inference pool holds BS N queries [P]. 1 is synchronous: nothing is begun before its own iteration."""
     slots: int = Field(0, ge=0)
-    """Queries that are answered at the same time at most; 0 means BS N (INFERRED: what the engine can hold)."""
+    """Queries that are answered at the same time at most; 0 means BS (N + 1) / 2, so that some of the pool wait (INFERRED)."""
     calls: int = Field(4, ge=1)
     """Queries of one call to a rollout actor. It touches the numbers (how rows are batched), the number of actors does not."""
 
@@ -80,6 +81,30 @@ class HintSetting(Config):
     """k of pass@k, which each training question is measured by before RL begins (INFERRED)."""
     floor: float = Field(0.05, ge=0, le=1)
     """Least pass rate reckoned with; 0 is eq. 5 as printed, which never anneals the hints of queries never solved (INFERRED)."""
+
+
+class DifficultySetting(Config):
+    """How hard the environments' questions are."""
+
+    terms: int = Field(2, ge=2, le=8)
+    """Arithmetic: numbers to add."""
+    below: int = Field(10, ge=4, le=1000)
+    """Arithmetic: numbers are smaller than this."""
+    kinds: int = Field(0, ge=0, le=10)
+    """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""
+    tones: int = Field(2, ge=1, le=8)
+    """Tones: how many follow each other."""
+    candidates: int = Field(3, ge=2, le=4)
+    """Next frame: to choose from."""
+
+    def options(self, size: int, form: Form) -> dict[str, dict[str, Any]]:
+        """The environments' options, for images of `size` pixels a side and sound of a form."""
+        return {
+            "arithmetic": {"terms": self.terms, "below": self.below},
+            "count": {"kinds": self.kinds, "size": size},
+            "tones": {"tones": self.tones, "form": form},
+            "nextframe": {"candidates": self.candidates, "size": size},
+        }
 
 
 class RLSetting(Config):
@@ -113,6 +138,7 @@ class RLSetting(Config):
     weights rounded to bfloat16, or router weights with noise."""
     sigma: float = Field(0.1, ge=0)
     """Noise of mismatch router, in standard deviations of each router's weights."""
+    difficulty: DifficultySetting = DifficultySetting()
     test: int = Field(48, ge=1)
     """Held-out instances of each environment, answered greedily before and after."""
 

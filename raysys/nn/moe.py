@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysys.nn import experts
+from raysys.nn.expert_parallel import ExpertParallel
 
 SCALE = 2.0**-40
 """Of the balance's gradient: far below every other gradient, far above float32's smallest number, even squared."""
@@ -89,6 +90,7 @@ class MoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(experts, width, 2 * expert_width))
         self.w_out = nn.Parameter(torch.empty(experts, expert_width, width))
         self.shared = SwiGLU(width, shared_width) if shared_width else None
+        self.parallel: ExpertParallel | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -160,7 +162,23 @@ class MoE(nn.Module):
 
     def routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """The routed experts' part of the output, (N, D), for a choice (N, k) and its gates (N, k)."""
-        return experts.mixture(x, self.w_in, self.w_out, chosen, gates)
+        mixture = experts.mixture if self.parallel is None else self.parallel.mixture
+        return mixture(x, self.w_in, self.w_out, chosen, gates)
+
+    def shard(self, rank: int, size: int, group: Any) -> list[nn.Parameter]:
+        """Keep this process's share of the experts; from now on all `size` processes of the group compute together.
+
+        Returns:
+            The parameters that were cut along their first dimension; they are the same objects.
+
+        Raises:
+            ValueError: the experts cannot be shared out evenly.
+        """
+        self.parallel = ExpertParallel(rank, size, group)
+        cut = [self.w_in, self.w_out]
+        for parameter in cut:
+            parameter.data = self.parallel.own(parameter.data)
+        return cut
 
 
 def loads(routed: Routed, experts: int) -> Tensor:

@@ -7,7 +7,7 @@ The paper's accounting (Section 3.3): total = V + L (A + S + Q + n X), active = 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,12 +69,9 @@ def cost(model: UniModel, sub: SubModel, context: int) -> Cost:
     """
     s, layers = model.setting, len(sub.layers)
     experts = s.experts if sub.experts is None else len(sub.experts[0])
-    one = model.layers[0]
-    attention = sum(p.numel() for p in one.attention.parameters()) + sum(  # type: ignore[union-attr,operator,misc]
-        p.numel()
-        for norm in (one.norm_attention, one.norm_moe)
-        for p in norm.parameters()  # type: ignore[union-attr,operator]
-    )
+    one: Any = model.layers[0]
+    parts = (one.attention, one.norm_attention, one.norm_moe)
+    attention = sum(p.numel() for part in parts for p in part.parameters())
     shared, routed = 3 * s.width * s.shared_width, 3 * s.width * s.expert_width
     router = experts * (s.width + 1)
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("layers.", "mtp.")))

@@ -10,7 +10,7 @@ Notable choices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from raysys.systems.ernie.batch import Batch, pack
 from raysys.systems.ernie.elastic import SubModel
 from raysys.systems.ernie.generate import draw, speak, write
 from raysys.systems.ernie.model import Outputs
-from raysys.systems.ernie.stream import TASKS, Audio, Sample, Text, Vision, lay
+from raysys.systems.ernie.stream import TASKS, Audio, Laid, Sample, Text, Vision, lay
 
 F64 = NDArray[np.float64]
 
@@ -31,7 +31,7 @@ F64 = NDArray[np.float64]
 def batches(bundle: Bundle, samples: Sequence[Sample], row: int = 192, rows: int = 8) -> list[Batch]:
     """Samples in batches of about `rows` rows, in order, without flips."""
     s, laid = bundle.model.sizes, [lay(one, bundle.model.sizes.scales) for one in samples]
-    found, part, length = list[Batch](), [], 0
+    found, part, length = list[Batch](), list[Laid](), 0
     for one in laid:
         if part and length + len(one) > row * rows:
             found.append(pack(part, row, bundle.visual.quantiser.plan, s.bits, s.levels, s.codes))
@@ -143,13 +143,3 @@ def sounds(
         sub=sub,
     )  # fmt: skip
     return [bundle.hear(one) for one in codes]
-
-
-def agreement(
-    said: Sequence[str], facts: Sequence[Mapping[str, str]], names: Mapping[str, Callable[[str], str]]
-) -> dict[str, F64]:
-    """For each fact whether the text says it: (n,) of 0 and 1."""
-    return {
-        fact: np.array([float(name(one[fact]) in f" {text} ") for text, one in zip(said, facts, strict=True)])
-        for fact, name in names.items()
-    }

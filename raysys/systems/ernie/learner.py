@@ -1,14 +1,14 @@
 """Pre-training of the backbone: which samples a step has, its losses, and the optimizer.
 
-Shapes: M modalities, R rows, L layers.
+Shapes: M = 7 tasks.
 
 Notable choices
 - Which samples block b of step s gets is a function of (seed, s, b): each task goes through its samples in an order of its own
   for every epoch. So training resumes anywhere, on any number of workers.
-- Each modality's loss is divided by its usual size ("posterior-based loss weighting"; the paper gives no formula, INFERRED). The
-  size is a trained number: its gradient says on which side of it the loss was, so it follows the median of the losses of all
-  workers, and needs no message of its own (as the selection bias of a mixture of experts does, see `raysys.nn.moe`).
-- The text loss is the mean over tasks that write text, so that captions are not lost beside running text.
+- Each task's loss is divided by its usual size ("posterior-based loss weighting" of the paper, by modality and without a formula;
+  INFERRED. By task is ours: by modality, the few words of captions were lost beside running text). The size is a trained
+  number: its gradient says on which side of it the loss was, so it follows the median of the losses of all workers, and needs
+  no message of its own (as the selection bias of a mixture of experts does, see `raysys.nn.moe`).
 - History bits are flipped with a strength drawn per image and scale, as in Infinity.
 """
 
@@ -28,10 +28,12 @@ from raysys.systems.ernie.batch import Batch, Plan, pack
 from raysys.systems.ernie.elastic import sample as sample_elastic
 from raysys.systems.ernie.model import Outputs, UniModel, bit_loss
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting, Sizes
-from raysys.systems.ernie.stream import MODALITIES, TASKS, Sample, Text, lay
+from raysys.systems.ernie.stream import TASKS, Sample, Text, lay
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 
 GENERATED = ("t2i", "t2v", "t2a")
+FOLLOW = 0.05
+"""By how much a usual size may change in a step, as a share of it."""
 NUDGE = 2.0**-40
 """Size of a gradient of which only the sign is used; far below all others, so that it leaves a clipped norm alone."""
 
@@ -45,14 +47,14 @@ class Corpus(Protocol):
 
 
 class Pretrained(nn.Module):
-    """What is trained: the model, and the usual sizes (M,) of the modalities' losses, as logarithms."""
+    """What is trained: the model, and the usual sizes (M,) of the tasks' losses, as logarithms."""
 
     def __init__(self, model: UniModel) -> None:
         super().__init__()
         self.model = model
         s = model.sizes
-        first = torch.tensor([float(np.log(s.vocabulary)), float(np.log(2)), float(np.log(s.codes))])
-        self.size = nn.Parameter(first.log())
+        blind = {"t2i": 2, "t2v": 2, "t2a": s.codes}
+        self.size = nn.Parameter(torch.tensor([float(np.log(blind.get(task, s.vocabulary))) for task in TASKS]).log())
 
 
 class _Follow(torch.autograd.Function):
@@ -129,14 +131,16 @@ class Pretraining:
             "betas": (0.0, 0.0),
             "eps": 1e-30,
             "weight_decay": 0.0,
-            "lr_scale": 0.03 / s.lr,
+            "lr_scale": FOLLOW / s.lr,
         }
-        return torch.optim.AdamW([*groups, {"lr": 0.03, **follow}], lr=s.lr)
+        return torch.optim.AdamW([*groups, {"lr": FOLLOW, **follow}], lr=s.lr)
 
     def batch(self, step: int, block: int) -> Batch:
         """What a block is trained on."""
         generator = self.seeds.generator(Stream.SHUFFLE, block, step)
-        samples = [self._unconditional(one, generator) for one in self.draw.samples(step, block)]
+        samples = [
+            self._unconditional(fitted(one, self.setting.row), generator) for one in self.draw.samples(step, block)
+        ]
         s = self.module.model.sizes
 
         def planner(latents: Tensor) -> Plan:
@@ -159,11 +163,13 @@ class Pretraining:
             elastic = type(elastic)(elastic.keep.to(self.device), elastic.active.to(self.device), allowed)
         out = model(batch, elastic, further=model.mtp is not None)
         parts = losses(model, batch, out)
-        seen = torch.stack([parts[m].detach() if m in parts else self.module.size.new_zeros(()) for m in MODALITIES])
+        seen = torch.stack([parts[t].detach() if t in parts else self.module.size.new_zeros(()) for t in TASKS])
         scale = self.module.size.detach().exp()
-        total = sum((parts[m] / scale[i] for i, m in enumerate(MODALITIES) if m in parts), scale.new_zeros(()))
+        total = sum((parts[t] / scale[i] for i, t in enumerate(TASKS) if t in parts), scale.new_zeros(()))
         if "mtp" in parts:
-            total = total + model.setting.mtp_weight * parts["mtp"] / scale[0]
+            total = total + model.setting.mtp_weight * parts["mtp"] / scale[TASKS.index("lm")]
+        if "end" in parts:
+            total = total + parts["end"] / float(np.log(model.sizes.vocabulary))
         if model.setting.balance in ("aux", "both"):
             for _, told in out.routed:
                 total = total + model.setting.aux_weight * switch_loss(told, model.setting.experts)
@@ -174,6 +180,14 @@ class Pretraining:
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
+
+
+def fitted(sample: Sample, row: int) -> Sample:
+    """A sample whose running text fits a row: a longer one is cut."""
+    text = sample.segments[0]
+    if sample.task != "lm" or not isinstance(text, Text) or len(text.ids) < row:
+        return sample
+    return replace(sample, segments=(Text(text.ids[:row], True, closed=False),))
 
 
 def flipped(bits: MultiScaleBits, latents: Tensor, most: float, generator: torch.Generator) -> Plan:
@@ -187,27 +201,27 @@ def flipped(bits: MultiScaleBits, latents: Tensor, most: float, generator: torch
 
 
 def losses(model: UniModel, batch: Batch, out: Outputs) -> dict[str, Tensor]:
-    """Mean losses by modality, as far as the batch has them: text (nats a token, mean over tasks), mtp, vision (nats a bit),
-    audio (nats a code, mean over levels)."""
-    found = {}
-    by_task = text_by_task(batch, out)
-    if by_task:
-        found["text"] = torch.stack(list(by_task.values())).mean()
+    """Mean losses, as far as the batch has them: of writing tasks in nats a token, of t2i and t2v in nats a bit with early scales
+    weighted up, of t2a in nats a code (mean over levels); of the second next token (mtp); of the end after an image or video."""
+    found, task = dict[str, Tensor](), batch.task.flatten()
+    wanted = (batch.next >= 0).flatten()
+    each, writes = F.cross_entropy(out.text.float(), batch.next.flatten()[wanted], reduction="none"), task[wanted]
+    for t, name in enumerate(TASKS):
+        if name in GENERATED:
+            mine = task[batch.bit_at] == t
+            if bool(mine.any()):
+                scales = model.sizes.scales
+                found[name] = bit_loss(out.bits[mine], batch.bits[mine], batch.bit_scale[mine], scales)
+        elif bool((writes == t).any()):
+            found[name] = each[writes == t].mean()
+    if len(batch.code_at):
+        found["t2a"] = torch.stack(code_losses(batch, out)).mean()
+    ends = torch.isin(writes, torch.tensor([TASKS.index(name) for name in GENERATED], device=writes.device))
+    if bool(ends.any()):
+        found["end"] = each[ends].mean()
     if len(out.further):
         found["mtp"] = F.cross_entropy(out.further.float(), batch.further[batch.further >= 0])
-    if len(batch.bit_at):
-        found["vision"] = bit_loss(out.bits, batch.bits, batch.bit_scale, model.sizes.scales)
-    if len(batch.code_at):
-        found["audio"] = torch.stack(code_losses(batch, out)).mean()
     return found
-
-
-def text_by_task(batch: Batch, out: Outputs) -> dict[str, Tensor]:
-    """Mean cross-entropy of predicted text for each task that has some; of t2i and t2v that is the end of the image."""
-    wanted = batch.next >= 0
-    each = F.cross_entropy(out.text.float(), batch.next[wanted], reduction="none")
-    task = batch.task[wanted]
-    return {TASKS[t]: each[task == t].mean() for t in sorted(set(task.tolist()))}
 
 
 def code_losses(batch: Batch, out: Outputs) -> list[Tensor]:

@@ -45,7 +45,7 @@ class LookEncoder(nn.Module):
         half = torch.arange(width // 4).float()
         self.register_buffer("frequencies", 100.0 ** (-half / max(1, width // 4)), persistent=False)
         self.place = nn.Linear(4 * len(half), width)
-        self.out = nn.Linear(width, width)
+        self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, width)
 
     def forward(self, cnn: Tensor, pixels: Tensor) -> Tensor:
         s, t, hp, wp, _ = cnn.shape
@@ -54,7 +54,7 @@ class LookEncoder(nn.Module):
         patches = self.patch(patches) + self._places(hp, wp)
         vit = self.vit(patches.reshape(s * t, hp * wp, -1)).view(s, t, hp, wp, -1)
         groups = torch.cat([_adjacent(self.cnn(cnn), w), _adjacent(vit, w)], 1)  # (S n, 2 K, D)
-        y: Tensor = self.out(self.merge(groups).mean(1))
+        y: Tensor = self.out(self.norm(self.merge(groups).mean(1)))
         return y.view(s, -1, y.shape[-1])
 
     def _places(self, hp: int, wp: int) -> Tensor:

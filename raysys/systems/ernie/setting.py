@@ -55,7 +55,7 @@ class ModelSetting(Config):
 
     width: int = Field(96, ge=8)
     """Size of a token's state."""
-    layers: int = Field(6, ge=2)
+    layers: int = Field(7, ge=2)
     """Layers; the audio code levels are predicted by as many of the top ones."""
     heads: int = Field(4, ge=1)
     """Attention heads."""
@@ -154,7 +154,7 @@ class PretrainSetting(Config):
     """Last part of the steps, over which the rate falls to 0 linearly (warm-up, stable, decay)."""
     weight_decay: float = Field(0.1, ge=0)
     """Of matrices."""
-    flip: float = Field(0.25, ge=0, le=0.5)
+    flip: float = Field(0.1, ge=0, le=0.5)
     """Largest probability that a bit of the visual history is flipped in training (self-correction)."""
     unconditional: float = Field(0.1, ge=0, lt=1)
     """Part of the images, videos and tones to be generated that come without their caption, for guidance."""

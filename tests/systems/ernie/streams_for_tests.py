@@ -19,7 +19,7 @@ SMALL = ModelSetting(width=32, layers=5, heads=2, experts=8, active=3, expert_wi
 
 
 def quantiser() -> MultiScaleBits:
-    """Each amplitude is larger than all finer ones together, so an accumulated code, quantised again, has the bits it is made of."""
+    """Each amplitude is larger than all finer ones together: an accumulated code, quantised again, has the bits it is made of."""
     bits = MultiScaleBits(SCALES, SIZES.bits)
     bits.amplitude.copy_(torch.tensor([4.0, 2.0, 1.0]) / 4)
     return bits

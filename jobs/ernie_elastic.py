@@ -1,0 +1,205 @@
+"""Sub-models of one elastic run against models trained alone, pruning, and other ways of routing; paired seeds, Ray tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field, model_validator
+from raysys.systems.ernie.corpus import Corpus
+
+from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, make_pretraining, read, samples_of
+from raysys.runtime.pool import run_stages
+from raysys.runtime.run import Run
+from raysys.runtime.session import Session
+from raysys.runtime.statistics import Interval
+from raysys.runtime.storage import Storage
+from raysys.runtime.train import TrainConfig as Spread
+from raysys.runtime.train import fit_here
+from raysys.systems.ernie import figures, study
+from raysys.systems.ernie.artifact import Bundle, load_tokenizers
+from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.setting import ModelSetting, PretrainSetting
+from raysys.systems.ernie.stream import TASKS
+
+OTHERS = ("separated", "dense", "unbalanced", "auxiliary")
+
+
+class ElasticConfig(ErnieConfig):
+    """Sub-models of one elastic run against models trained alone and pruning; ways of routing; routing maps."""
+
+    seeds: int = Field(3, ge=1, le=10_000)
+    """Paired repetitions of every variant."""
+    others: list[str] = Field(["separated"])
+    """Further variants at equal steps: separated experts, a dense model, no balance (unbalanced), auxiliary losses."""
+    alone: bool = True
+    """Also train a model of each sub-model's size by itself."""
+    test: int = Field(120, ge=1)
+    """Held-out samples of each task."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ElasticConfig:
+        for name in self.others:
+            if name not in OTHERS:
+                raise ValueError(f"others: got {name!r}; allowed are {', '.join(OTHERS)}")
+        return self
+
+
+def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
+    """Every variant of every seed, then tables, claims and figures."""
+    data = read(config)
+    tokenizers = get_tokenizers(config, run, session, data)
+    corpus = get_corpus(config, run, session, tokenizers, data)
+    levels = tokenizers.sizes.levels
+    rungs = study.ladder(config.model, levels)
+    names = ["elastic", "plain", *config.others]
+    names += [f"alone {rung.label}" for rung in rungs[1:]] if config.alone else []
+    held_out = ray.put(samples_of(data, tokenizers, config.test))
+    units: dict[str, Any] = {}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in names:
+            model, pretrain = study.variant(name, config.model, config.pretrain, levels)
+            own = rungs if name in ("elastic", "plain") else rungs[:1]
+            units[f"seed{seed}/{name}"] = (
+                train_unit,
+                (model, pretrain, run.path, corpus.storage.uri, held_out, own, seed),
+            )
+    found = run_stages(run, session, units, "elastic study")
+    results = [
+        {name: found[f"seed{seed}/{name}"] for name in names} for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    report(run, results, names, rungs)
+
+
+def train_unit(
+    model: ModelSetting,
+    pretrain: PretrainSetting,
+    run: str,
+    corpus: str,
+    held_out: Any,
+    rungs: list[study.Rung],
+    seed: int,
+) -> dict[str, Any]:
+    """One model in this process: trained, then measured at each rung."""
+    tokenizers = load_tokenizers(run)
+    sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
+
+    def make(device: str) -> Any:
+        return make_pretraining(model, pretrain, sizes, quantiser, corpus, seed, device)
+
+    state = fit_here(None, make, Spread(clip=1.0))
+    trained = UniModel(model, sizes)
+    trained.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
+    bundle = Bundle.of(tokenizers, trained.eval().requires_grad_(False))
+    source = Corpus.open(Storage(corpus))
+    seen = [source.get(task, i) for task in TASKS if source.size(task) for i in range(min(40, source.size(task)))]
+    torch.set_num_threads(1)
+    return study.examine(bundle, seen, held_out if isinstance(held_out, list) else ray.get(held_out), rungs)
+
+
+def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: list[study.Rung]) -> None:
+    """Tables, claims and figures of all seeds."""
+    whole = results[0]["elastic"]["rungs"]["whole"]
+    lines = []
+    for rung in rungs:
+        told = results[0]["elastic"]["rungs"][rung.label]
+        line: dict[str, Any] = {
+            "sub-model": rung.label,
+            "parameters": f"{told['total'] / whole['total']:.0%}",
+            "active": f"{told['active'] / whole['active']:.0%}",
+            "FLOPs": f"{told['flops'] / whole['flops']:.0%}",
+            "CPU time": f"{np.mean([cpu_share(r, rung.label) for r in results]):.0%}",
+        }
+        for way, (variant, at) in ways(rung.label).items():
+            if variant in names:
+                line[way] = percent(study.ratio(results, (variant, at), ("plain", "whole")))
+        lines.append(line)
+    run.grid(f"Held-out loss over the whole plain model's (mean of logs over tasks), {len(results)} seeds", lines)
+    run.grid(
+        "Held-out losses (nats; lm, i2t, v2t, a2t a token, t2i, t2v a bit, t2a a code)",
+        losses(run, results, names, rungs),
+    )
+    for claim in study.claims(results, [rung.label for rung in rungs]):
+        run.claim(**claim)
+    first = results[0]
+    run.figure("ladder", figures.ladder(points(results, names, rungs)))
+    for name in ("elastic", "plain", "separated"):
+        if name in names:
+            show_routing(run, first[name], name)
+
+
+def cpu_share(result: dict[str, Any], rung: str) -> float:
+    """CPU seconds of measuring a view of the elastic run, relative to the whole model's."""
+    found = result["elastic"]["rungs"]
+    return float(found[rung]["cpu_s"] / found["whole"]["cpu_s"])
+
+
+def ways(rung: str) -> dict[str, tuple[str, str]]:
+    """How a sub-model can be had: way -> (variant, rung)."""
+    return {
+        "view of the elastic run": ("elastic", rung),
+        "plain model pruned": ("plain", rung),
+        "trained alone": ("plain" if rung == "whole" else f"alone {rung}", "whole"),
+    }
+
+
+def percent(found: Interval) -> str:
+    """An interval of log ratios as percent."""
+    change = [100 * (np.exp(x) - 1) for x in (found.mean, found.low, found.high) if x is not None]
+    return f"{change[0]:+.1f} %" + (f" [{change[1]:+.1f}, {change[2]:+.1f}]" if len(change) == 3 else "")
+
+
+def losses(run: Run, results: list[dict[str, Any]], names: list[str], rungs: list[study.Rung]) -> list[dict[str, Any]]:
+    """A line for each variant and rung; rows for summary.json."""
+    lines = []
+    for name in names:
+        for rung in rungs if name in ("elastic", "plain") else rungs[:1]:
+            line: dict[str, Any] = {"trained": name, "used": rung.label}
+            for task in results[0][name]["rungs"][rung.label]["losses"]:
+                found = study.loss(results, name, rung.label, task)
+                run.row(f"loss {task}", found, trained=name, used=rung.label)
+                line[task] = f"{found.mean:.3f}"
+            lines.append(line)
+    return lines
+
+
+def points(results: list[dict[str, Any]], names: list[str], rungs: list[study.Rung]) -> list[dict[str, Any]]:
+    """What the ladder's figure shows."""
+    whole = results[0]["elastic"]["rungs"]["whole"]["flops"]
+    return [
+        {
+            "label": rung.label,
+            "flops": results[0]["elastic"]["rungs"][rung.label]["flops"] / whole,
+            "ways": {
+                way: float(np.exp(study.ratio(results, at, ("plain", "whole")).mean))
+                for way, at in ways(rung.label).items()
+                if at[0] in names
+            },
+        }
+        for rung in rungs
+    ]
+
+
+def show_routing(run: Run, told: dict[str, Any], name: str) -> None:
+    """Figures and a table of how experts are shared."""
+    found, streams = told["routing"], list(told["usage"])
+    run.figure(f"entropy-{name}", figures.entropy_lines(found["entropy"]))
+    run.figure(f"overlap-{name}", figures.overlap_maps(found["overlap"], streams))
+    run.figure(
+        f"usage-{name}", figures.usage_maps({s: np.array(c, dtype=np.float64) for s, c in told["usage"].items()})
+    )
+    lines = [
+        {"stream": stream, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
+        for stream, values in found["entropy"].items()
+    ]
+    lines.append(
+        {"stream": "max violation", **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(found["violation"]["all"])}}
+    )
+    run.grid(f"Normalised entropy of expert usage ({name})", lines)
+    pairs = [
+        {"pair": pair, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
+        for pair, values in found["overlap"].items()
+    ]
+    run.grid(f"IoU of the most used quarter of experts ({name}); unrelated choices give .14", pairs)

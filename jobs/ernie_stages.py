@@ -1,0 +1,202 @@
+"""What the commands of the ERNIE job share: data, tokenizers, tokenised samples, and the backbone trained on them.
+
+Notable choices
+- Each is a stage of the run: done once, gone on with after a kill, and the same whatever the number of workers.
+- With `execution inprocess` everything happens in this process, with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field
+
+from jobs.cli import ClusterJob
+from jobs.ernie_data import tokenize, tokenize_here
+from raysys.data.multimodal import Form, Multimodal, load_multimodal
+from raysys.runtime.progress import Progress
+from raysys.runtime.run import Run
+from raysys.runtime.session import Session
+from raysys.runtime.train import TrainConfig as Spread
+from raysys.runtime.train import fit, fit_here
+from raysys.systems.ernie.artifact import Bundle, Tokenizers, load_tokenizers, save
+from raysys.systems.ernie.corpus import Corpus
+from raysys.systems.ernie.learner import Pretraining
+from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.setting import FormSetting, ModelSetting, PretrainSetting, Sizes
+from raysys.systems.ernie.tokenizers.audio import AudioLearner, AudioSetting
+from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
+from raysys.systems.ernie.tokenizers.text import TextSetting, TextTokenizer
+from raysys.systems.ernie.tokenizers.visual import VisualLearner, VisualSetting
+
+State = dict[str, torch.Tensor]
+MOST = 4096
+"""Training images, videos and waves that a tokenizer is shown."""
+
+
+class ErnieConfig(ClusterJob):
+    """Data, sizes and training of tokenizers and backbone."""
+
+    data: str = "embedded"
+    """embedded (digits, moving digits, tones, Python's documentation), a folder of text, images, video and audio, or
+    embedded+FOLDER."""
+    tokenizers: str = ""
+    """Run folder whose tokenizers are used; by default they are trained."""
+    form: FormSetting = FormSetting()
+    """What all data is brought to."""
+    text: TextSetting = TextSetting()
+    """Text tokenizer."""
+    visual: VisualSetting = VisualSetting()
+    """Visual tokenizer."""
+    audio: AudioSetting = AudioSetting()
+    """Audio codec."""
+    model: ModelSetting = ModelSetting()
+    """The backbone."""
+    pretrain: PretrainSetting = PretrainSetting()
+    """Its training."""
+    train: Spread = Spread()
+    """How training is spread over processes."""
+    execution: Literal["actors", "inprocess"] = "actors"
+    """actors: Ray Train workers, Ray Data and tasks; inprocess: the same numbers in this process."""
+    seeds: int = Field(1, ge=1, le=10_000)
+    """Repetitions."""
+
+    @property
+    def distributed(self) -> bool:
+        return self.execution == "actors"
+
+    def check(self) -> None:
+        if self.pretrain.blocks % self.train.workers:
+            raise ValueError(
+                f"train.workers: got {self.train.workers}; it must divide pretrain.blocks, which is {self.pretrain.blocks}"
+            )
+        data = read(self)
+        for task, count in self.pretrain.samples.model_dump().items():
+            if count and task not in data.tasks:
+                raise ValueError(f"pretrain.samples.{task}: got {count}; {self.data} has only {', '.join(data.tasks)}")
+
+
+def read(config: ErnieConfig) -> Multimodal:
+    """The data that the configuration names, in its form."""
+    return load_multimodal(config.data, config.seed, Form(**config.form.model_dump()))
+
+
+Trained = Callable[[str, Callable[[str], Any]], State]
+
+
+def trainer(config: ErnieConfig, run: Run, session: Session, progress: Progress | None) -> Trained:
+    """A function that trains a learner in the stage of that name."""
+
+    def trained(name: str, make: Callable[[str], Any]) -> State:
+        if config.execution == "actors":
+            return fit(run.stage(name), session, make, config.train, progress=progress)
+        return fit_here(run.stage(name), make, config.train, progress=progress)
+
+    return trained
+
+
+def get_tokenizers(config: ErnieConfig, run: Run, session: Session, data: Multimodal) -> Tokenizers:
+    """Those of another run, or trained here; they are saved in this run."""
+    if config.tokenizers:
+        found = load_tokenizers(config.tokenizers)
+        if found.form != config.form:
+            raise ValueError(f"tokenizers: got {config.tokenizers}, which is of another form than this run")
+        save(run.storage, found)
+        return found
+    with Progress(
+        config.visual.image_steps + config.visual.video_steps + config.audio.steps, "tokenizers", unit="steps"
+    ) as progress:
+        trained = trainer(config, run, session, progress)
+        text = TextTokenizer.train((item.text for item in every(data)), config.text.size)
+        images, videos, waves = visual_data(data), video_data(data), wave_data(data)
+        visual = make_visual(config.visual, images, videos, config.seed, "cpu").module
+        visual.load_state_dict(
+            trained(
+                "visual",
+                partial(make_visual, config.visual, shared(config, images), shared(config, videos), config.seed),
+            )
+        )
+        audio = make_audio(config.audio, waves, config.seed, "cpu").module
+        audio.load_state_dict(trained("audio", partial(make_audio, config.audio, shared(config, waves), config.seed)))
+    found = Tokenizers(config.form, text, visual.eval(), audio.eval(), config.data, data.licence)
+    save(run.storage, found)
+    return found
+
+
+def shared(config: ErnieConfig, value: Any) -> Any:
+    """A reference that workers read, where there are workers."""
+    return ray.put(value) if config.execution == "actors" and value is not None else value
+
+
+def fetched(value: Any) -> Any:
+    """What a reference refers to; anything else is itself."""
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
+
+
+def words(data: Multimodal) -> list[str]:
+    """Training texts and captions."""
+    tasks = [task for task in ("lm", "i2t", "v2t", "a2t") if task in data.tasks]
+    return [item.text for task in tasks for item in data.train(task)[:MOST]]
+
+
+def stacked(data: Multimodal, task: str, field: str) -> torch.Tensor | None:
+    """Training frames (N, T, C, H, W) or waves (N, n) of a task, the first ones; None if the data has none."""
+    if task not in data.tasks:
+        return None
+    return torch.from_numpy(np.stack([getattr(item, field) for item in data.train(task)[:MOST]]))
+
+
+def make_visual(setting: VisualSetting, images: Any, videos: Any, seed: int, device: str) -> VisualLearner:
+    """The learner of the visual tokenizer, in whatever process it is trained."""
+    first, clips = fetched(images), fetched(videos)
+    if first is None:
+        return VisualLearner(setting, clips[:, 0], clips, seed, device)
+    return VisualLearner(setting, first[:, 0], clips, seed, device)
+
+
+def make_audio(setting: AudioSetting, waves: Any, seed: int, device: str) -> AudioLearner:
+    """The learner of the audio codec."""
+    return AudioLearner(setting, fetched(waves), seed, device)
+
+
+def make_pretraining(
+    model: ModelSetting, setting: PretrainSetting, sizes: Sizes, quantiser: Any, corpus: str, seed: int, device: str
+) -> Pretraining:
+    """The learner of the backbone; it reads the corpus itself."""
+    bits = MultiScaleBits(sizes.scales, sizes.bits)
+    bits.load_state_dict(fetched(quantiser))
+    return Pretraining(model, setting, sizes, bits, Corpus.open(Storage(corpus)), seed, device)
+
+
+def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Tokenizers, data: Multimodal) -> Corpus:
+    """Training samples, tokenised into shards of this run."""
+    if config.execution == "actors":
+        session.release()
+        return tokenize(config, run, session, tokenizers, data)
+    return tokenize_here(config, run, tokenizers, data)
+
+
+def pretrain_model(
+    config: ErnieConfig,
+    run: Run,
+    session: Session,
+    tokenizers: Tokenizers,
+    corpus: Corpus,
+    seed: int,
+    progress: Progress,
+) -> Bundle:
+    """The backbone, trained or read from its last checkpoint."""
+    trained = trainer(config, run, session, progress)
+    sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
+    make = partial(make_pretraining, config.model, config.pretrain, sizes, quantiser, corpus.storage.uri, seed)
+    model = UniModel(config.model, sizes)
+    state = trained(f"seed{seed}/backbone", make)
+    model.load_state_dict(
+        {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}, strict=True
+    )
+    return Bundle.of(tokenizers, model.eval().requires_grad_(False))

@@ -123,6 +123,7 @@ class Multimodal:
     name: str
     form: Form
     kinds: Mapping[str, Kind]
+    seed: int = 0
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -169,13 +170,13 @@ def load_multimodal(source: str = "embedded", seed: int = 0, form: Form | None =
 
     form = form or Form()
     if source == "embedded":
-        return Multimodal(source, form, embedded.kinds(form, seed))
+        return Multimodal(source, form, embedded.kinds(form, seed), seed)
     if source == "photos":
-        return Multimodal(source, form, {"image": embedded.photos(form, seed)})
+        return Multimodal(source, form, {"image": embedded.photos(form, seed)}, seed)
     base, _, rest = source.partition("+")
     over = base == "embedded" and bool(rest)
     folder = Path(rest if over else source).expanduser()
     if not source or not folder.is_dir():
         raise DataError(f"data: got {source!r}; expected embedded, photos, an existing folder, or embedded+FOLDER")
     found = files.kinds(folder, form, seed)
-    return Multimodal(source, form, {**embedded.kinds(form, seed), **found} if over else found)
+    return Multimodal(source, form, {**embedded.kinds(form, seed), **found} if over else found, seed)

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from pydantic import Field, model_validator
-from raysys.systems.ernie.corpus import Corpus
 
-from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, make_pretraining, read, samples_of
+from jobs.ernie_show import routing_figures
+from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, held_out, make_pretraining, read, trained_model
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
@@ -20,9 +19,9 @@ from raysys.runtime.train import TrainConfig as Spread
 from raysys.runtime.train import fit_here
 from raysys.systems.ernie import figures, study
 from raysys.systems.ernie.artifact import Bundle, load_tokenizers
-from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.corpus import Corpus
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting
-from raysys.systems.ernie.stream import TASKS
+from raysys.systems.ernie.stream import TASKS, Sample
 
 OTHERS = ("separated", "dense", "unbalanced", "auxiliary")
 
@@ -51,21 +50,18 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
     """Every variant of every seed, then tables, claims and figures."""
     data = read(config)
     tokenizers = get_tokenizers(config, run, session, data)
-    corpus = get_corpus(config, run, session, tokenizers, data)
+    get_corpus(config, run, session, tokenizers, data)
     levels = tokenizers.sizes.levels
     rungs = study.ladder(config.model, levels)
     names = ["elastic", "plain", *config.others]
     names += [f"alone {rung.label}" for rung in rungs[1:]] if config.alone else []
-    held_out = ray.put(samples_of(data, tokenizers, config.test))
+    samples = ray.put([one for found in held_out(data, tokenizers, config.test).values() for one in found.samples])
     units: dict[str, Any] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         for name in names:
             model, pretrain = study.variant(name, config.model, config.pretrain, levels)
             own = rungs if name in ("elastic", "plain") else rungs[:1]
-            units[f"seed{seed}/{name}"] = (
-                train_unit,
-                (model, pretrain, run.path, corpus.storage.uri, held_out, own, seed),
-            )
+            units[f"seed{seed}/{name}"] = (train_unit, (model, pretrain, run.path, samples, own, seed))
     found = run_stages(run, session, units, "elastic study")
     results = [
         {name: found[f"seed{seed}/{name}"] for name in names} for seed in range(config.seed, config.seed + config.seeds)
@@ -74,29 +70,20 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
 
 
 def train_unit(
-    model: ModelSetting,
-    pretrain: PretrainSetting,
-    run: str,
-    corpus: str,
-    held_out: Any,
-    rungs: list[study.Rung],
-    seed: int,
+    model: ModelSetting, pretrain: PretrainSetting, run: str, samples: list[Sample], rungs: list[study.Rung], seed: int
 ) -> dict[str, Any]:
-    """One model in this process: trained, then measured at each rung."""
+    """One model in this process: trained, then measured at each rung on held-out samples."""
     tokenizers = load_tokenizers(run)
     sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
 
     def make(device: str) -> Any:
-        return make_pretraining(model, pretrain, sizes, quantiser, corpus, seed, device)
+        return make_pretraining(model, pretrain, sizes, quantiser, run, seed, device)
 
     state = fit_here(None, make, Spread(clip=1.0))
-    trained = UniModel(model, sizes)
-    trained.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
-    bundle = Bundle.of(tokenizers, trained.eval().requires_grad_(False))
-    source = Corpus.open(Storage(corpus))
+    bundle = Bundle.of(tokenizers, trained_model(model, sizes, state))
+    source = Corpus.open(Storage(run))
     seen = [source.get(task, i) for task in TASKS if source.size(task) for i in range(min(40, source.size(task)))]
-    torch.set_num_threads(1)
-    return study.examine(bundle, seen, held_out if isinstance(held_out, list) else ray.get(held_out), rungs)
+    return study.examine(bundle, seen, samples, rungs)
 
 
 def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: list[study.Rung]) -> None:
@@ -127,7 +114,7 @@ def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: lis
     run.figure("ladder", figures.ladder(points(results, names, rungs)))
     for name in ("elastic", "plain", "separated"):
         if name in names:
-            show_routing(run, first[name], name)
+            routing_figures(run, first[name]["routing"], first[name]["usage"], name)
 
 
 def cpu_share(result: dict[str, Any], rung: str) -> float:
@@ -180,26 +167,3 @@ def points(results: list[dict[str, Any]], names: list[str], rungs: list[study.Ru
         }
         for rung in rungs
     ]
-
-
-def show_routing(run: Run, told: dict[str, Any], name: str) -> None:
-    """Figures and a table of how experts are shared."""
-    found, streams = told["routing"], list(told["usage"])
-    run.figure(f"entropy-{name}", figures.entropy_lines(found["entropy"]))
-    run.figure(f"overlap-{name}", figures.overlap_maps(found["overlap"], streams))
-    run.figure(
-        f"usage-{name}", figures.usage_maps({s: np.array(c, dtype=np.float64) for s, c in told["usage"].items()})
-    )
-    lines = [
-        {"stream": stream, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
-        for stream, values in found["entropy"].items()
-    ]
-    lines.append(
-        {"stream": "max violation", **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(found["violation"]["all"])}}
-    )
-    run.grid(f"Normalised entropy of expert usage ({name})", lines)
-    pairs = [
-        {"pair": pair, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
-        for pair, values in found["overlap"].items()
-    ]
-    run.grid(f"IoU of the most used quarter of experts ({name}); unrelated choices give .14", pairs)

@@ -22,17 +22,21 @@ from raysys.data.multimodal import Form, Multimodal, load_multimodal
 from raysys.runtime.progress import Progress
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
+from raysys.runtime.storage import Storage
 from raysys.runtime.train import TrainConfig as Spread
 from raysys.runtime.train import fit, fit_here
 from raysys.systems.ernie.artifact import Bundle, Tokenizers, load_tokenizers, save
-from raysys.systems.ernie.corpus import Corpus
+from raysys.systems.ernie.corpus import Corpus, samples_of
 from raysys.systems.ernie.learner import Pretraining
 from raysys.systems.ernie.model import UniModel
 from raysys.systems.ernie.setting import FormSetting, ModelSetting, PretrainSetting, Sizes
-from raysys.systems.ernie.tokenizers.audio import AudioLearner, AudioSetting
+from raysys.systems.ernie.tasks import Tested
+from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
+from raysys.systems.ernie.tokenizers.audio_training import AudioLearner
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 from raysys.systems.ernie.tokenizers.text import TextSetting, TextTokenizer
-from raysys.systems.ernie.tokenizers.visual import VisualLearner, VisualSetting
+from raysys.systems.ernie.tokenizers.visual import VisualSetting, VisualTokenizer
+from raysys.systems.ernie.tokenizers.visual_training import VisualLearner
 
 State = dict[str, torch.Tensor]
 MOST = 4096
@@ -59,7 +63,7 @@ class ErnieConfig(ClusterJob):
     """The backbone."""
     pretrain: PretrainSetting = PretrainSetting()
     """Its training."""
-    train: Spread = Spread()
+    train: Spread = Spread(clip=1.0)
     """How training is spread over processes."""
     execution: Literal["actors", "inprocess"] = "actors"
     """actors: Ray Train workers, Ray Data and tasks; inprocess: the same numbers in this process."""
@@ -74,6 +78,14 @@ class ErnieConfig(ClusterJob):
         if self.pretrain.blocks % self.train.workers:
             raise ValueError(
                 f"train.workers: got {self.train.workers}; it must divide pretrain.blocks, which is {self.pretrain.blocks}"
+            )
+        if self.audio.rate != self.form.rate:
+            raise ValueError(
+                f"audio.rate: got {self.audio.rate}; form.rate is {self.form.rate}, and they must be the same"
+            )
+        if self.form.samples % self.audio.hop:
+            raise ValueError(
+                f"form.samples: got {self.form.samples}; expected a multiple of audio.hop, {self.audio.hop}"
             )
         data = read(self)
         for task, count in self.pretrain.samples.model_dump().items():
@@ -112,18 +124,18 @@ def get_tokenizers(config: ErnieConfig, run: Run, session: Session, data: Multim
         config.visual.image_steps + config.visual.video_steps + config.audio.steps, "tokenizers", unit="steps"
     ) as progress:
         trained = trainer(config, run, session, progress)
-        text = TextTokenizer.train((item.text for item in every(data)), config.text.size)
-        images, videos, waves = visual_data(data), video_data(data), wave_data(data)
-        visual = make_visual(config.visual, images, videos, config.seed, "cpu").module
-        visual.load_state_dict(
-            trained(
-                "visual",
-                partial(make_visual, config.visual, shared(config, images), shared(config, videos), config.seed),
-            )
-        )
-        audio = make_audio(config.audio, waves, config.seed, "cpu").module
-        audio.load_state_dict(trained("audio", partial(make_audio, config.audio, shared(config, waves), config.seed)))
-    found = Tokenizers(config.form, text, visual.eval(), audio.eval(), config.data, data.licence)
+        text = TextTokenizer.train(words(data), config.text.size)
+        images, videos = stacked(data, "t2i", "frames"), stacked(data, "t2v", "frames")
+        waves, form = stacked(data, "t2a", "wave"), config.form
+        visual = VisualTokenizer(config.visual, form.channels, form.height, form.width)
+        if images is not None or videos is not None:
+            given = shared(config, images), shared(config, videos)
+            visual.load_state_dict(trained("visual", partial(make_visual, config.visual, *given, config.seed)))
+        audio = AudioCodec(config.audio)
+        if waves is not None:
+            sounds = shared(config, waves)
+            audio.load_state_dict(trained("audio", partial(make_audio, config.audio, sounds, config.seed)))
+    found = Tokenizers(form, text, visual.eval(), audio.eval(), config.data, data.licence, data.tasks)
     save(run.storage, found)
     return found
 
@@ -181,22 +193,28 @@ def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Toke
     return tokenize_here(config, run, tokenizers, data)
 
 
+def held_out(data: Multimodal, tokenizers: Tokenizers, count: int) -> dict[str, Tested]:
+    """The first `count` held-out items of each task (of every n-th where there are more, so that all kinds are met)."""
+    found = {}
+    for task in data.tasks:
+        items = data.test(task)
+        chosen = items[:: max(1, len(items) // count)][:count]
+        found[task] = Tested(list(chosen), samples_of(tokenizers, chosen))
+    return found
+
+
+def trained_model(model: ModelSetting, sizes: Sizes, state: State) -> UniModel:
+    """The model of a finished pre-training."""
+    found = UniModel(model, sizes)
+    found.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
+    return found.eval().requires_grad_(False)
+
+
 def pretrain_model(
-    config: ErnieConfig,
-    run: Run,
-    session: Session,
-    tokenizers: Tokenizers,
-    corpus: Corpus,
-    seed: int,
-    progress: Progress,
+    config: ErnieConfig, run: Run, session: Session, tokenizers: Tokenizers, seed: int, progress: Progress | None
 ) -> Bundle:
-    """The backbone, trained or read from its last checkpoint."""
-    trained = trainer(config, run, session, progress)
+    """The backbone, trained on the run's corpus or read from its last checkpoint."""
     sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
-    make = partial(make_pretraining, config.model, config.pretrain, sizes, quantiser, corpus.storage.uri, seed)
-    model = UniModel(config.model, sizes)
-    state = trained(f"seed{seed}/backbone", make)
-    model.load_state_dict(
-        {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}, strict=True
-    )
-    return Bundle.of(tokenizers, model.eval().requires_grad_(False))
+    make = partial(make_pretraining, config.model, config.pretrain, sizes, quantiser, run.path, seed)
+    state = trainer(config, run, session, progress)(f"seed{seed}/backbone", make)
+    return Bundle.of(tokenizers, trained_model(config.model, sizes, state))

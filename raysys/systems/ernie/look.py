@@ -5,8 +5,9 @@ Shapes: S images or videos of T frames, (hp, wp) patches, C1 CNN and C pixel cha
 Notable choices
 - Per token K adjacent patches of each path (4 of an image, 16 over 4 frames) are joined to 2 K, attend to each other, and are
   averaged: the paper's order of operations; sizes are ours.
+- Each of the 2 K slots has a learned vector: the mean would otherwise not know which patch was where (ours).
 - The CNN path is the visual tokenizer before its quantiser. The paper's ViT is pretrained and large; ours is a patch projection
-  and one attention layer, trained with the backbone (INFERRED small stand-in).
+  and one transformer layer, trained with the backbone (INFERRED small stand-in).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raysys.systems.ernie.stream import window
+
+MOST = 16
+"""K, patches of each path that are merged into a token at most."""
 
 
 class SelfAttention(nn.Module):
@@ -41,6 +45,10 @@ class LookEncoder(nn.Module):
         super().__init__()
         self.cnn, self.patch = nn.Linear(cnn, width), nn.Linear(4 * channels, width)
         self.vit, self.merge = SelfAttention(width, heads), SelfAttention(width, heads)
+        self.inner = nn.Sequential(
+            nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.slot = nn.Parameter(torch.randn(2 * MOST, width))
         self.frequencies: Tensor
         half = torch.arange(width // 4).float()
         self.register_buffer("frequencies", 100.0 ** (-half / max(1, width // 4)), persistent=False)
@@ -52,8 +60,10 @@ class LookEncoder(nn.Module):
         c, w = pixels.shape[2], window(t)
         patches = pixels.view(s, t, c, hp, 2, wp, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(s, t, hp, wp, 4 * c)
         patches = self.patch(patches) + self._places(hp, wp)
-        vit = self.vit(patches.reshape(s * t, hp * wp, -1)).view(s, t, hp, wp, -1)
-        groups = torch.cat([_adjacent(self.cnn(cnn), w), _adjacent(vit, w)], 1)  # (S n, 2 K, D)
+        vit = self.vit(patches.reshape(s * t, hp * wp, -1))
+        vit = (vit + self.inner(vit)).view(s, t, hp, wp, -1)
+        slots = self.slot.view(2, MOST, -1)[:, : 4 * w].flatten(0, 1)
+        groups = torch.cat([_adjacent(self.cnn(cnn), w), _adjacent(vit, w)], 1) + slots  # (S n, 2 K, D)
         y: Tensor = self.out(self.norm(self.merge(groups).mean(1)))
         return y.view(s, -1, y.shape[-1])
 

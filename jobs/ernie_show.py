@@ -1,0 +1,106 @@
+"""What a model draws, says and sounds, for the report; and a tone as a WAV file in the run's figures."""
+
+from __future__ import annotations
+
+import io
+import wave
+from typing import Any
+
+import numpy as np
+
+from raysys.runtime.run import Run
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.systems.ernie import figures
+from raysys.systems.ernie.artifact import Bundle
+from raysys.systems.ernie.evaluate import batches, captions, pictures, sounds
+from raysys.systems.ernie.routing import choices, report, usage
+from raysys.systems.ernie.tasks import GIVEN, Tested
+
+EXAMPLES = 8
+
+
+def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
+    """Figures of images, frames, tones and routing, and a table of captions."""
+    generator = Seeds(seed).generator(Stream.ATTACK)
+    if "t2i" in items:
+        chosen = items["t2i"].samples[:EXAMPLES]
+        drawn = pictures(bundle, chosen, generator, temperature=0.3, guidance=1.0).numpy()
+        rows = [(item.text, [image]) for item, image in zip(items["t2i"].items, drawn[:, 0], strict=False)]
+        run.figure("images", figures.pictures(side_by_side(rows), "Drawn from captions"))
+    if "t2v" in items:
+        chosen = items["t2v"].samples[:4]
+        drawn = pictures(bundle, chosen, generator, temperature=0.0, given=GIVEN).numpy()
+        rows = []
+        for item, clip in zip(items["t2v"].items, drawn, strict=False):
+            rows += [(f"{item.text}: first {GIVEN} frames given", list(clip)), ("  real", list(item.frames))]
+        run.figure("frames", figures.pictures(rows, "Next frames"))
+    if "t2a" in items:
+        made = sounds(bundle, items["t2a"].samples[:4], generator, temperature=0.5)
+        named = [(item.text, one) for item, one in zip(items["t2a"].items, made, strict=False)]
+        run.figure("tones", figures.tones(named, bundle.form.rate, "Sounded from captions"))
+        run.storage.write_bytes("figures/tone.wav", wav(named[0][1], bundle.form.rate))
+    lines: list[dict[str, Any]] = []
+    for task in ("i2t", "v2t", "a2t"):
+        if task in items:
+            said = captions(bundle, items[task].samples[:4])
+            lines += [
+                {"task": task, "true": item.text, "model": text}
+                for item, text in zip(items[task].items, said, strict=False)
+            ]
+    if lines:
+        run.grid("What it says (first held-out items)", lines)
+    show_routing(run, bundle, items)
+
+
+def side_by_side(rows: list[tuple[str, list[Any]]]) -> list[tuple[str, list[Any]]]:
+    """Images with their captions, four captions to a title."""
+    return [
+        (
+            " | ".join(label for label, _ in rows[i : i + 4]),
+            [image for _, images in rows[i : i + 4] for image in images],
+        )
+        for i in range(0, len(rows), 4)
+    ]
+
+
+def show_routing(run: Run, bundle: Bundle, items: dict[str, Tested], name: str = "") -> dict[str, Any]:
+    """Figures and tables of how experts are shared, and what they say."""
+    samples = [one for found in items.values() for one in found.samples]
+    counts = usage(choices(bundle.model, batches(bundle, samples)), bundle.model.setting.experts)
+    told = report(counts)
+    routing_figures(run, told, {stream: c.tolist() for stream, c in counts.items()}, name)
+    return told
+
+
+def routing_figures(run: Run, told: dict[str, Any], counts: dict[str, Any], name: str = "") -> None:
+    """The figures and tables of a routing report."""
+    mark, streams = f"-{name}" if name else "", list(counts)
+    run.figure(f"entropy{mark}", figures.entropy_lines(told["entropy"]))
+    run.figure(f"overlap{mark}", figures.overlap_maps(told["overlap"], streams))
+    run.figure(f"usage{mark}", figures.usage_maps({s: np.array(c, dtype=np.float64) for s, c in counts.items()}))
+    title = f" ({name})" if name else ""
+    run.grid(
+        f"Normalised entropy of expert usage{title}",
+        [by_layer("stream", *row) for row in told["entropy"].items()]
+        + [by_layer("stream", "max violation, all", told["violation"]["all"])],
+    )
+    run.grid(
+        f"IoU of the most used quarter of experts{title}; unrelated choices give .14",
+        [by_layer("pair", *row) for row in told["overlap"].items()],
+    )
+
+
+def by_layer(column: str, label: str, values: list[float]) -> dict[str, Any]:
+    """A line of a table with a value for each layer."""
+    return {column: label, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
+
+
+def wav(samples: Any, rate: int) -> bytes:
+    """A wave (n,) in [-1, 1] as a 16-bit mono WAV file."""
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return out.getvalue()

@@ -1,0 +1,199 @@
+"""The ERNIE commands that train no backbone of their own: tokenizers, routing maps, evaluation; and the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field
+
+from jobs.cli import ClusterJob, Commands
+from jobs.ernie_show import show_routing
+from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, held_out, make_pretraining, read, trained_model
+from jobs.sweeps import SweepFlags, run_sweep
+from raysys.data.multimodal import Form, Multimodal, load_multimodal
+from raysys.runtime.run import Run
+from raysys.runtime.seeds import Seeds, Stream
+from raysys.runtime.session import Session
+from raysys.runtime.statistics import bootstrap
+from raysys.runtime.train import fit_here
+from raysys.systems.ernie import study
+from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load, load_tokenizers
+from raysys.systems.ernie.evaluate import held_out_losses
+from raysys.systems.ernie.tasks import MEASURES, measure
+from raysys.systems.ernie.tokenizers.audio_training import report as audio_report
+from raysys.systems.ernie.tokenizers.visual_training import report as visual_report
+
+
+def quality(tokenizers: Tokenizers, data: Multimodal, count: int) -> list[dict[str, Any]]:
+    """What the tokenizers lose on held-out data."""
+    lines = []
+    for task, label in (("t2i", "images"), ("t2v", "videos")):
+        if task in data.tasks:
+            frames = torch.from_numpy(
+                np.stack([item.frames for item in data.test(task)[:count] if item.frames is not None])
+            )
+            lines += [
+                {"tokenizer": f"visual, {label}", "measure": k, "value": f"{v:.4g}"}
+                for k, v in visual_report(tokenizers.visual, frames).items()
+            ]
+    if "t2a" in data.tasks:
+        waves = torch.from_numpy(np.stack([item.wave for item in data.test("t2a")[:count] if item.wave is not None]))
+        lines += [
+            {"tokenizer": "audio", "measure": k, "value": f"{v:.4g}"}
+            for k, v in audio_report(tokenizers.audio, waves).items()
+        ]
+    if "lm" in data.tasks:
+        texts = [item.text for item in data.test("lm")[:count]]
+        tokens = sum(len(tokenizers.text.encode(text)) for text in texts)
+        rate = sum(len(text.encode()) for text in texts) / tokens
+        lines.append({"tokenizer": "text", "measure": "bytes per token", "value": f"{rate:.3g}"})
+    return lines
+
+
+class TokenizersConfig(ErnieConfig):
+    """Train the tokenizers alone; pretrain takes them with --tokenizers RUN."""
+
+    test: int = Field(200, ge=1)
+    """Held-out items that they are measured on."""
+
+
+def train_tokenizers(config: TokenizersConfig, run: Run, session: Session) -> None:
+    """Train and measure."""
+    data = read(config)
+    tokenizers = get_tokenizers(config, run, session, data)
+    run.grid("Tokenizers on held-out data", quality(tokenizers, data, config.test))
+
+
+# ---------------------------------------------------------------- of an artifact
+
+
+class ExpertsConfig(ClusterJob):
+    """Which experts serve which task, layer by layer, in a run's artifact."""
+
+    run: str = ""
+    """Run folder (path or URI) that pretrain or demo made."""
+    data: str = ""
+    """Data set, as for pretrain; by default the one that the run was trained on."""
+    test: int = Field(100, ge=1)
+    """Held-out items of each task."""
+
+    @property
+    def distributed(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        if not self.run:
+            raise ValueError("run: is missing; expected the folder of a run that pretrain made")
+        told = describe(self.run)
+        load_multimodal(self.data or told.data, self.seed, Form(**told.form.model_dump()))
+
+
+def opened(config: ExpertsConfig) -> tuple[Bundle, Multimodal]:
+    """The artifact and the data it is tried on."""
+    bundle = load(config.run)
+    return bundle, load_multimodal(config.data or bundle.data, config.seed, Form(**bundle.form.model_dump()))
+
+
+def experts(config: ExpertsConfig, run: Run, session: Session) -> None:
+    """Figures and tables of usage, entropy and overlap."""
+    bundle, data = opened(config)
+    told = show_routing(run, bundle, held_out(data, bundle, config.test))
+    run.stage("routing").finish(told)
+
+
+class EvaluateConfig(ExpertsConfig):
+    """Every task with a run's artifact, whole or as a sub-model."""
+
+    sub: Literal["whole", "all"] = "whole"
+    """all: every rung of the ladder of sub-models, too."""
+
+
+def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
+    """Tasks and held-out losses of the whole model and, if asked for, of its sub-models."""
+    bundle, data = opened(config)
+    items = held_out(data, bundle, config.test)
+    setting, levels = bundle.model.setting, bundle.model.levels
+    samples = [one for found in items.values() for one in found.samples]
+    counts = study.usage_of(bundle, samples)
+    losses, lines = [], {m: {"task": m.label, "chance": f"{m.chance:.2f}"} for m in MEASURES if m.task in items}
+    for rung in study.ladder(setting, levels)[: None if config.sub == "all" else 1]:
+        sub = rung.of(setting, levels, counts)
+        found = held_out_losses(bundle, samples, sub)
+        losses.append({"sub-model": rung.label, **{task: f"{value:.3f}" for task, value in found.items()}})
+        for task, tried in items.items():
+            values = measure(bundle, task, tried, config.seed, sub)
+            for m, line in lines.items():
+                if m.task == task and m.fact in values:
+                    rng = Seeds(0).rng(Stream.SHUFFLE)
+                    interval = bootstrap(values[m.fact], lambda v: float(v.mean()), rng)
+                    run.row(f"{m.task} {m.fact}", interval, sub_model=rung.label)
+                    line[rung.label] = f"{interval.mean:.2f}"
+    run.grid(f"Tasks on held-out data ({config.test} items each)", list(lines.values()))
+    run.grid("Held-out losses (nats a token, bit or code)", losses)
+
+
+# ---------------------------------------------------------------- sweep
+
+
+class SweepConfig(SweepFlags, ErnieConfig):
+    """Any field of the model or its training, with Ray Tune; tokenizers and corpus are made once."""
+
+    space: list[str] = Field(["model.bias_speed=1e-3,3e-3,1e-2", "pretrain.elastic.depth=0.0,0.25"], min_length=1)
+    """What varies: field=a,b,c or field=low..high, with :log or :int for a logarithmic or whole range."""
+    metric: str = "mean_log_loss"
+    """What decides: mean_log_loss over tasks, or the held-out loss of a task, such as t2i."""
+    mode: Literal["max", "min"] = "min"
+    """Whether more or less of the metric is better."""
+    test: int = Field(60, ge=1)
+    """Held-out samples of each task."""
+
+    def check(self) -> None:
+        super().check()
+        metrics = {"mean_log_loss", *(task for task, n in self.pretrain.samples.model_dump().items() if n)}
+        fields = {f"model.{name}" for name in type(self.model).model_fields}
+        fields |= {f"pretrain.{name}" for name in type(self.pretrain).model_fields}
+        fields |= {f"pretrain.elastic.{name}" for name in type(self.pretrain.elastic).model_fields}
+        self.check_search(fields, metrics, 1)
+
+
+def sweep(config: SweepConfig, run: Run, session: Session) -> None:
+    """A trial is a pre-training in its own process, measured once at its end."""
+    data = read(config)
+    tokenizers = get_tokenizers(config, run, session, data)
+    get_corpus(config, run, session, tokenizers, data)
+    samples = [one for found in held_out(data, tokenizers, config.test).values() for one in found.samples]
+    run_sweep(
+        config, run, session, partial(trial, ErnieConfig.of(shared_fields(config)), run.path, ray.put(samples)), 1
+    )
+
+
+def shared_fields(config: ErnieConfig) -> dict[str, Any]:
+    """The values of the fields that every command has."""
+    return {name: getattr(config, name) for name in ErnieConfig.model_fields}
+
+
+def trial(config: ErnieConfig, run: str, samples: Any, values: dict[str, Any], report: Callable[..., None]) -> None:
+    """A pre-training with these values; reports held-out losses."""
+    changed = config.with_values(values)
+    tokenizers = load_tokenizers(run)
+    quantiser = tokenizers.visual.quantiser.state_dict()
+
+    def make(device: str) -> Any:
+        return make_pretraining(changed.model, changed.pretrain, tokenizers.sizes, quantiser, run, changed.seed, device)
+
+    model = trained_model(changed.model, tokenizers.sizes, fit_here(None, make, changed.train))
+    found = held_out_losses(Bundle.of(tokenizers, model), ray.get(samples))
+    report(**found, mean_log_loss=float(np.mean(np.log(list(found.values())))))
+
+
+STUDIES: Commands = {
+    "tokenizers": (TokenizersConfig, train_tokenizers),
+    "experts": (ExpertsConfig, experts),
+    "evaluate": (EvaluateConfig, evaluate),
+    "sweep": (SweepConfig, sweep),
+}

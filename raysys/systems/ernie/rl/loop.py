@@ -105,7 +105,8 @@ class Loop:
         budget: int | None = None, weights: Weights | None = None, split: str = "train", temperature: float | None = None,
     ) -> Groups:  # fmt: skip
         """Answers of all questions, in calls of so many; `first` numbers the calls' random numbers."""
-        size = self.setting.buffer.calls
+        b = self.setting.buffer
+        size = b.calls if len(answers[0]) == b.group else max(1, b.calls * b.group // len(answers[0]))
         heat = self.setting.temperature if temperature is None else temperature
         calls = [
             Call(version, first + i, tuple(questions[i : i + size]), tuple(answers[i : i + size]), budget, split, heat)

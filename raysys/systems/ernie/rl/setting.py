@@ -86,9 +86,9 @@ class HintSetting(Config):
 class DifficultySetting(Config):
     """How hard the environments' questions are."""
 
-    terms: int = Field(2, ge=2, le=8)
+    terms: int = Field(3, ge=2, le=8)
     """Arithmetic: numbers to add."""
-    below: int = Field(10, ge=4, le=1000)
+    below: int = Field(5, ge=4, le=1000)
     """Arithmetic: numbers are smaller than this."""
     kinds: int = Field(0, ge=0, le=10)
     """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""
@@ -155,17 +155,32 @@ class RLSetting(Config):
         return self
 
 
+class WeightSetting(Config):
+    """Turns of each environment in the warm start: what is harder gets more (INFERRED)."""
+
+    arithmetic: int = Field(3, ge=1)
+    """Sums."""
+    count: int = Field(1, ge=1)
+    """Digits in an image."""
+    tones: int = Field(1, ge=1)
+    """Tones."""
+    nextframe: int = Field(3, ge=1)
+    """Next frames."""
+
+
 class WarmSetting(Config):
     """Supervised warm start on the environments' own format."""
 
-    samples: int = Field(300, ge=1)
+    samples: int = Field(400, ge=1)
     """Training instances of each environment."""
-    steps: int = Field(60, ge=0)
+    steps: int = Field(120, ge=0)
     """Optimizer steps; 0 leaves the warm start out."""
     batch: int = Field(32, ge=1)
     """Instances of a step."""
     blocks: int = Field(2, ge=1)
     """Parts that a step is cut into: the number of training workers must divide it."""
+    weights: WeightSetting = WeightSetting()
+    """Turns of the environments."""
     lr: float = Field(1e-3, gt=0)
     """Peak step size; warm-up over a tenth of the steps, then cosine."""
 

@@ -50,9 +50,8 @@ class Updater:
         s = self.setting
         rewards = torch.from_numpy(right([query.answers for query in queries]))
         advantage = objective.group_advantages(rewards.flatten(), rewards.shape[1], s.objective.scale).view_as(rewards)
-        kept = torch.ones(len(queries), dtype=torch.bool)
-        if s.objective.dynamic:
-            kept = objective.informative(rewards.flatten(), rewards.shape[1]).view_as(rewards)[:, 0]
+        informative = objective.informative(rewards.flatten(), rewards.shape[1]).view_as(rewards)[:, 0]
+        kept = informative if s.objective.dynamic else torch.ones_like(informative)
         parts = np.array_split(np.arange(len(queries)), s.minibatches)
         parts = [part[kept.numpy()[part]] for part in parts]
         batches = [
@@ -65,7 +64,10 @@ class Updater:
                 rows.old = self._logp(rows)[0]
         told = [self._step(rows) for rows in batches]
         names = told[0] if told else {}
-        return {"informative": float(kept.double().mean()), **{k: float(np.mean([t[k] for t in told])) for k in names}}
+        return {
+            "informative": float(informative.double().mean()),
+            **{k: float(np.mean([t[k] for t in told])) for k in names},
+        }
 
     def _logp(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (B, n) under the current weights."""

@@ -20,14 +20,16 @@ class WarmStart:
     """A `raysys.runtime.train.Learner` of -log pi(trace, <eos> | prompt), the mean over tokens.
 
     Args:
-        asked: questions of all environments, as many of each, environment by environment; a block draws evenly from all.
+        asked: questions of all environments; they take turns by their weights (`WarmSetting.weights`).
     """
 
-    def __init__(
-        self, policy: Policy, setting: WarmSetting, asked: Sequence[Asked], environments: int, seed: int
-    ) -> None:
-        self.policy, self.setting, self.asked, self.environments = policy, setting, asked, environments
-        self.seeds = Seeds(seed)
+    def __init__(self, policy: Policy, setting: WarmSetting, asked: Sequence[Asked], seed: int) -> None:
+        self.policy, self.setting, self.seeds = policy, setting, Seeds(seed)
+        self.asked: dict[str, list[Asked]] = {}
+        for one in asked:
+            self.asked.setdefault(one.name, []).append(one)
+        weights = setting.weights.model_dump()
+        self.turns = [name for name in self.asked for _ in range(weights[name])]
         self.steps, self.blocks = setting.steps, setting.blocks
         self._told: dict[str, float] = {}
 
@@ -39,20 +41,24 @@ class WarmStart:
         """Nothing is kept from one step for the next."""
 
     def loss(self, step: int, block: int) -> Tensor:
-        count, each = self.setting.batch // self.blocks, len(self.asked) // self.environments
+        count = self.setting.batch // self.blocks
         first = (step * self.blocks + block) * count
-        chosen = []
-        for position in range(first, first + count):
-            environment, place = position % self.environments, position // self.environments
-            epoch, place = divmod(place, each)
-            order = self.seeds.rng(Stream.BATCH, environment, epoch).permutation(each)
-            chosen.append(self.asked[environment * each + int(order[place])])
+        chosen = [self._at(position) for position in range(first, first + count)]
         answers = [np.append(one.trace, int(Special.EOS)) for one in chosen]
         logp, mask, entropy = self.policy.answer_logp(
             [one.prompt for one in chosen], answers, temperature=1.0, routes=None
         )
         self._told = {"entropy": float(entropy[mask].mean())}
         return -logp[mask].mean()
+
+    def _at(self, position: int) -> Asked:
+        """The question at a position of the endless sequence; each environment goes through its own in seeded orders."""
+        round, turn = divmod(position, len(self.turns))
+        name = self.turns[turn]
+        place = round * self.turns.count(name) + self.turns[:turn].count(name)
+        epoch, place = divmod(place, len(self.asked[name]))
+        order = self.seeds.rng(Stream.BATCH, list(self.asked).index(name), epoch).permutation(len(self.asked[name]))
+        return self.asked[name][int(order[place])]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up over a tenth of the steps, then a half cosine to zero."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import warnings
 import wave
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,26 +45,31 @@ def read_text(file: Path) -> str:
 
 def picture_size(file: Path) -> tuple[int, int]:
     """(height, width) from the header of a PNG or JPEG file, whose pixels are not decoded."""
-    return _picture(file, None)[0]
+    return _picture(read_bytes(file), file, None)[0]
 
 
 def read_picture(file: Path, form: Form) -> F32:
     """A picture (C, H, W) in [0, 1], cut to the canvas' proportions around its middle and resized."""
-    return _picture(file, form)[1]
+    return _picture(read_bytes(file), file, form)[1]
 
 
-def _picture(file: Path, form: Form | None) -> tuple[tuple[int, int], F32]:
+def decode_picture(data: bytes, name: str, form: Form, most: int = MOST_PIXELS) -> F32:
+    """`read_picture` of a file's content, called `name` in sentences, of at most `most` pixels."""
+    return _picture(data, name, form, most)[1]
+
+
+def _picture(data: bytes, file: Path | str, form: Form | None, most: int = MOST_PIXELS) -> tuple[tuple[int, int], F32]:
     from PIL import Image, UnidentifiedImageError
 
-    raw = io.BytesIO(read_bytes(file))
+    raw = io.BytesIO(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(raw, formats=("PNG", "JPEG")) as image:
                 width, height = image.size
-                if width * height > MOST_PIXELS or min(width, height) < 1 or getattr(image, "n_frames", 1) > 1:
+                if width * height > most or min(width, height) < 1 or getattr(image, "n_frames", 1) > 1:
                     raise DataError(
-                        f"data: {file} has {width} x {height} pixels; expected one picture of at most {MOST_PIXELS}"
+                        f"data: {file} has {width} x {height} pixels; expected one picture of at most {most}"
                     )
                 if form is None:
                     return (height, width), np.zeros(0, np.float32)
@@ -78,22 +84,34 @@ def _picture(file: Path, form: Form | None) -> tuple[tuple[int, int], F32]:
             raise
         raise DataError(f"data: {file} is not a whole PNG or JPEG picture ({str(error).splitlines()[0]})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"data: {file} announces more pixels than {MOST_PIXELS}, and is not decoded") from error
+        raise DataError(f"data: {file} announces more pixels than {most}, and is not decoded") from error
     pixels = (np.asarray(small, np.float32) / np.float32(255)).reshape(form.height, form.width, form.channels)
     return (height, width), np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def sound_size(file: Path) -> tuple[int, int]:
     """(samples per second, samples of a channel) of a WAV file."""
-    rate, found = _sound(file)
+    rate, found = _sound(read_bytes(file), file)
     return rate, len(found)
 
 
 def read_sound(file: Path, form: Form) -> F32:
     """A wave (n,) in [-1, 1] at the form's rate and length."""
+    rate, found = _sound(read_bytes(file), file)
+    return _formed(rate, found, form)
+
+
+def decode_sound(data: bytes, name: str, form: Form, rates: Collection[int]) -> F32:
+    """`read_sound` of a file's content, called `name` in sentences; it has one of these rates, and is no longer than the form."""
+    rate, found = _sound(data, name, rates)
+    if len(found) * form.rate > form.samples * rate:
+        raise DataError(f"data: {name} lasts {len(found) / rate:g} s; expected at most {form.samples / form.rate:g}")
+    return _formed(rate, found, form)
+
+
+def _formed(rate: int, found: F32, form: Form) -> F32:
     from scipy.signal import resample_poly
 
-    rate, found = _sound(file)
     ratio = Fraction(form.rate, rate)
     if ratio != 1:
         found = resample_poly(found, ratio.numerator, ratio.denominator)
@@ -102,15 +120,21 @@ def read_sound(file: Path, form: Form) -> F32:
     return out
 
 
-def _sound(file: Path) -> tuple[int, F32]:
+def _sound(data: bytes, file: Path | str, rates: Collection[int] | None = None) -> tuple[int, F32]:
     try:
-        with wave.open(io.BytesIO(read_bytes(file)), "rb") as sound:
+        with wave.open(io.BytesIO(data), "rb") as sound:
             channels, depth, rate, count, *_ = sound.getparams()
+            if rates is not None and rate not in rates:
+                raise DataError(
+                    f"data: {file} has {rate} samples per second; expected {', '.join(map(str, sorted(rates)))}"
+                )
             if not 1000 <= rate <= 192_000 or not 1 <= channels <= 8 or not 1 <= count <= rate * MOST_SECONDS:
                 raise DataError(
                     f"data: {file} announces {channels} channels and {count} samples at {rate} Hz; expected 1 to 8 channels,"
                     f" 1000 to 192000 Hz and up to {MOST_SECONDS} seconds"
                 )
+            if depth not in (1, 2, 3, 4):
+                raise DataError(f"data: {file} has samples of {depth} bytes; expected 1 to 4")
             raw = sound.readframes(count)
     except (wave.Error, EOFError, OverflowError) as error:
         raise DataError(f"data: {file} is not a whole PCM WAV file ({error or 'it ends early'})") from error

@@ -452,7 +452,7 @@ def test_the_deployment_file_has_the_app_and_its_arguments_are_fields() -> None:
 
     path = Path(__file__).parents[2] / "serve" / "config.yaml"
     apps = {one.name: one for one in ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications}
-    assert set(apps) == {"adapters", "retriever"}
+    assert {"adapters", "retriever"} <= set(apps)
     app = apps["retriever"]
     assert (app.import_path, app.route_prefix) == ("serve.retriever:build", "/retriever")
     assert RetrieverConfig.of(app.args).guard.auth == "keys"

@@ -89,8 +89,7 @@ class Exact:
             self._total[:-1] *= torch.clamp(self.config.clip / (norm + 1e-6), max=1.0)
         for p, mean in zip(self.named.values(), self._mean, strict=True):
             p.grad = mean
-        for group in self.optimizer.param_groups:
-            group["lr"] = learner.learning_rate(step)
+        set_rate(self.optimizer, learner.learning_rate(step))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Measured(loss, mean_metrics(metrics, self.peers, self.device))
@@ -193,6 +192,12 @@ def optimizer_of(learner: Learner, named: Mapping[str, nn.Parameter]) -> torch.o
             f"the optimizer holds {strange} tensors that are not trainable parameters of the learner's module"
         )
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of each group: `rate`, times the group's `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def whole_state(learner: Learner, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:

@@ -47,6 +47,8 @@ class TrainConfig(Config):
     """CPUs reserved for a worker; it computes with as many torch threads."""
     deepspeed: Literal["off", "zero0", "zero1", "zero2", "zero3"] = "off"
     """ZeRO stage: 1 splits optimizer state over workers, 2 also gradients, 3 also parameters; off needs no DeepSpeed."""
+    expert_parallel: int = Field(1, ge=1)
+    """Workers that share out the experts of a mixture, each computing with its own ones; needs deepspeed zero0 to zero2."""
     bf16: bool = False
     """Compute the loss in bfloat16 (autocast); parameters stay float32."""
     clip: float | None = Field(None, gt=0)
@@ -61,6 +63,26 @@ class TrainConfig(Config):
         if self.workers > 1 and self.gpus_per_worker % 1:
             raise ValueError(
                 f"gpus_per_worker: got {self.gpus_per_worker:g} for {self.workers} workers; NCCL needs whole GPUs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_need_deepspeed_and_a_divisor_of_the_workers(self) -> Self:
+        size = self.expert_parallel
+        if size == 1:
+            return self
+        if self.deepspeed in ("off", "zero3"):
+            raise ValueError(
+                f"expert_parallel: got {size} with deepspeed {self.deepspeed}; expected zero0, zero1 or zero2"
+            )
+        if self.workers % size:
+            raise ValueError(
+                f"expert_parallel: got {size} for {self.workers} workers; expected a divisor of {self.workers}"
+            )
+        if self.deepspeed == "zero0" and self.clip is not None:
+            raise ValueError(
+                f"expert_parallel: got {size} with clip and deepspeed zero0, where DeepSpeed does not know the norm of shared"
+                " out gradients; expected zero1 or zero2"
             )
         return self
 
@@ -88,7 +110,8 @@ class Learner(Protocol):
     def learning_rate(self, step: int) -> float: ...
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Over trainable parameters of the module; its rate is set before each step."""
+        """Over trainable parameters of the module. A group's rate is set before each step: that of the step, times the group's
+        `lr_scale` if it has one."""
 
     def metrics(self) -> dict[str, float]:
         """Measured in the block whose loss was computed last (may be empty); logged as the mean over a step's blocks."""

@@ -8,6 +8,7 @@ Notable choices
   whole, gathered one by one, so they are read by any stage, any number of workers, and without DeepSpeed.
 - DeepSpeed makes its optimizer state at the first step. To resume, one step is made at rate 0, which changes no parameter,
   and the state that it made is overwritten.
+- Experts may be shared out over workers (`expert_groups.py`); what is saved is gathered.
 - Everything is pure torch and gloo on CPUs. Left alone, DeepSpeed would compile a shared-memory collective with ninja
   under a file lock at the first `init_distributed` (minutes; a killed run leaves the lock), and want its own CPU Adam.
 
@@ -32,9 +33,11 @@ from raysys.runtime.exact import (
     module_state,
     optimizer_of,
     optimizer_state,
+    set_rate,
     trainable,
     whole_state,
 )
+from raysys.runtime.expert_groups import ExpertGroups
 from raysys.runtime.sentences import UserError
 
 if TYPE_CHECKING:
@@ -49,11 +52,19 @@ class Zero:
     def __init__(self, learner: Learner, device: str, config: TrainConfig, peers: Peers, state: State) -> None:
         self.learner, self.peers, self.device = learner, peers, torch.device(device)
         load_module(learner.module, state)
+        _start()
+        self.experts = ExpertGroups(learner.module, config.expert_parallel) if config.expert_parallel > 1 else None
         self.named = trainable(learner.module)
         self.optimizer = optimizer_of(learner, self.named)
         self.stage = int(config.deepspeed.removeprefix("zero"))
         self._pending = optimizer_state(state)
-        self.engine = _initialize(_Loss(learner, self.device, config.bf16), self.optimizer, self._settings(config))
+        self._linked = self.stage not in (1, 2)
+        loss = _Loss(learner, self.device, config.bf16)
+        if self.experts is not None:
+            self.experts.split(self.optimizer)
+            self._pending = self.experts.own(self._pending, self.named)
+            loss.experts = self.experts.marker()
+        self.engine = _initialize(loss, self.optimizer, self._settings(config))
 
     def _settings(self, config: TrainConfig) -> dict[str, Any]:
         count = self.peers.count
@@ -78,8 +89,7 @@ class Zero:
         return self._micro_steps(step, self.learner.learning_rate(step), measure)
 
     def _micro_steps(self, step: int, rate: float, measure: bool) -> Measured:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         metrics = list[dict[str, float]]()
         losses = list[Tensor]()
         for first in range(0, self.learner.blocks, self.peers.count):
@@ -92,9 +102,35 @@ class Zero:
                 whole = torch.stack(self.peers.gather(torch.stack(losses)), dim=1).flatten()
                 finite(float(whole.mean()), step)
             self.engine.step()
+        if not self._linked:
+            self._link_optimizer_state()
         return Measured(float(whole.mean()), mean_metrics(metrics, self.peers, self.device))
 
+    def _link_optimizer_state(self) -> None:
+        """Tell each parameter where its optimizer state is.
+
+        DeepSpeed 0.19.8 does so after the first step of the first group, when the other groups have none yet.
+        """
+        from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+        inner = self.engine.optimizer
+        for parameters, flat in zip(inner.bit16_groups, inner.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, flat, inner.optimizer.state)
+        self._linked = True
+
     def state(self) -> State:
+        state = self._state()
+        if self.experts is not None:
+            for key in sorted(state):  # in one order everywhere: each may be gathered
+                name = key.removeprefix("module/")
+                if key.startswith("optimizer/"):
+                    name = key.removeprefix("optimizer/").rpartition("/")[0]
+                if name in self.named:
+                    state[key] = self.experts.whole(name, state[key], self.named[name]).cpu()
+        return state
+
+    def _state(self) -> State:
+        """The state, with this worker's share of shared-out experts."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
@@ -162,7 +198,8 @@ class _Loss(nn.Module):
         return block_loss(learner, step, block, device, bf16)
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _start() -> None:
+    """Let DeepSpeed take over the process group."""
     try:
         import deepspeed
         import deepspeed.ops
@@ -170,6 +207,11 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: di
         raise UserError(f"train.deepspeed: {error}; install raysys[deepspeed], or train with deepspeed off") from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    import deepspeed
+
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 

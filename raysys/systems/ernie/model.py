@@ -130,14 +130,16 @@ class UniModel(nn.Module):
         turn = self.rotary(batch.position)
         visible = batch.visible() if cache is None else cache.extend(batch.valid, batch.group)
         routed, code_logits, chosen = list[tuple[Tensor, Routed]](), list[Tensor](), list[Tensor]()
-        first, every = self.setting.layers - self.levels, self._span(batch, None, elastic)
+        first, every, nothing = self.setting.layers - self.levels, self._span(batch, None, elastic), None
+        kept_by = [batch.rows] * self.setting.layers if elastic is None else elastic.keep.sum(0).tolist()
         for number, layer in enumerate(self.layers):
-            span: _Span | None = every
-            if elastic is not None and not (keep := elastic.keep[:, number]).all():
-                span = self._span(batch, keep.nonzero().flatten(), elastic) if keep.any() else None
-            if span is None:
-                routed.append(self._nothing(x))
+            if not kept_by[number]:
+                nothing = nothing or self._nothing(x)
+                routed.append(nothing)
             else:
+                span = every
+                if elastic is not None and kept_by[number] < batch.rows:
+                    span = self._span(batch, elastic.keep[:, number].nonzero().flatten(), elastic)
                 x, told = self._layer(layer, number, x, turn, visible, span, elastic, cache, replay)  # type: ignore[arg-type]
                 routed.append(told)
             if number >= first and len(batch.code_at):
@@ -160,6 +162,8 @@ class UniModel(nn.Module):
         """(R, T, D): the input of every place."""
         x = self.embed_text(batch.ids)
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        if not self.training and not (len(batch.visual_at) or batch.seen or len(batch.audio_at)):
+            return x.view(shape)  # text alone: what every step of writing feeds
         x = torch.where((batch.kind == Kind.TEXT).reshape(-1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))
         x = x.index_add(0, batch.visual_at, (self.embed_bits(batch.visual) + self.embed_scale(batch.scale)).to(x.dtype))
         for seen in batch.seen:

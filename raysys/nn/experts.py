@@ -8,7 +8,7 @@ Notable choices
   of them, E^2 work.
 - On the CPU the whole layer is one autograd function (`_Loop`) whose intermediate results fit the cache: a few experts at a
   time are gathered, multiplied and added up, and only the (M, 2F) inner products are kept for backward. The gate scales the
-  F inner numbers, not the D outer ones, so its gradient needs no outputs. 64 experts of 4096 tokens then take 1.2 times
+  F inner numbers, not the D outer ones, so its gradient needs no outputs. 64 experts of 4096 tokens then take 1.3 to 1.4 times
   their matrix products (docs/benchmarks.md). Elsewhere `torch.nn.functional.grouped_mm` does all experts in one kernel
   where it was found to work (`grouped_works`), else the same loop.
 """

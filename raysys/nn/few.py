@@ -55,12 +55,12 @@ def mixture(x: Tensor, w_in: Tensor, w_out: Tensor, chosen: Tensor, gates: Tenso
 
 def _one(x: Tensor, w_in: Tensor, w_out: Tensor, chosen: list[int], gates: Tensor) -> Tensor:
     """One token (1, D) of the experts `chosen`, -1 where unused."""
-    used = [j for j, expert in enumerate(chosen) if expert >= 0]
-    if not used:
+    experts = [expert for expert in chosen if expert >= 0]
+    if not experts:
         return torch.zeros_like(x)
-    if len(used) < len(chosen):
-        gates = gates[used]
-    experts = [chosen[j] for j in used]
+    if len(experts) < len(chosen):
+        last = chosen[len(experts) :]  # usually it is the last ones that are unused, and a slice is cheap
+        gates = gates[: len(experts)] if max(last) < 0 else gates[[j for j, expert in enumerate(chosen) if expert >= 0]]
     gate, up = torch.cat([torch.mm(x, w_in[expert]) for expert in experts]).chunk(2, dim=1)
     parts = torch.split(F.silu(gate) * up * gates[:, None], 1)
     y = torch.mm(parts[0], w_out[experts[0]])

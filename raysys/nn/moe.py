@@ -150,6 +150,10 @@ class MoE(nn.Module):
                 chosen = selection.topk(self.active, dim=-1).indices
             else:
                 chosen = replay
+            if replay is None and active is None and allowed is None:  # all are used
+                gates = scores.gather(1, chosen)
+                gates = gates / gates.sum(-1, keepdim=True).clamp(min=1e-12)
+                return Routed(chosen, gates, scores, logits, counted)
             used = chosen >= 0
             index = chosen.clamp(min=0)
             if allowed is not None:

@@ -25,6 +25,10 @@ MOST_BYTES = 64 << 20
 """Largest file that is read."""
 MOST_PIXELS = 4096 * 4096
 MOST_SECONDS = 60
+LOUD = 0.5
+"""What the loudest sample of a sound is brought to: recordings differ in level, and a codec would spend its codes on that."""
+SILENT = 1e-3
+"""Sounds whose loudest sample is below this are left as they are."""
 
 
 def read_bytes(file: Path) -> bytes:
@@ -116,8 +120,9 @@ def _formed(rate: int, found: F32, form: Form) -> F32:
     if ratio != 1:
         found = resample_poly(found, ratio.numerator, ratio.denominator)
     out = np.zeros(form.samples, np.float32)
-    out[: len(found)] = np.clip(found[: form.samples], -1, 1)
-    return out
+    out[: len(found)] = found[: form.samples]
+    peak = float(np.abs(out).max())
+    return out * np.float32(LOUD / peak) if peak > SILENT else out
 
 
 def _sound(data: bytes, file: Path | str, rates: Collection[int] | None = None) -> tuple[int, F32]:
@@ -136,7 +141,7 @@ def _sound(data: bytes, file: Path | str, rates: Collection[int] | None = None) 
             if depth not in (1, 2, 3, 4):
                 raise DataError(f"data: {file} has samples of {depth} bytes; expected 1 to 4")
             raw = sound.readframes(count)
-    except (wave.Error, EOFError, OverflowError) as error:
+    except (wave.Error, EOFError, OverflowError, RuntimeError) as error:  # the last for chunks longer than the file
         raise DataError(f"data: {file} is not a whole PCM WAV file ({error or 'it ends early'})") from error
     if len(raw) != count * channels * depth:
         raise DataError(f"data: {file} announces {count * channels * depth} bytes of sound but holds {len(raw)}")

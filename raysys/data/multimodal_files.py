@@ -12,7 +12,7 @@ Notable choices
   index 0 to 4, which is that data set's own split; of text the end of each file, so that no held-out piece has a trained one
   after it.
 - Pictures are cut to the canvas' proportions around their middle, then resized. Sounds become one channel, are resampled (a
-  polyphase filter), and cut or padded with silence at the end; how many were cut is said in `note`.
+  polyphase filter), brought to one loudness, and cut or padded with silence at the end; how many were cut is said in `note`.
 - Headers are checked when a folder is opened, contents when an item is made. Names in labels.csv and links may not lead out of
   the folder. What is read and decoded is bounded in `raysys.data.media`.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -192,7 +192,18 @@ def test_labels_may_carry_facts(tmp_path: Path) -> None:
 def test_sounds_of_every_depth_are_the_same_sound(tmp_path: Path, depth: int, channels: int) -> None:
     read = read_sound(sound(tmp_path / "x.wav", channels=channels, depth=depth), Form())
     expected = 0.5 * np.sin(2 * np.pi * 200 * np.arange(2048) / 4000)
-    assert np.abs(read - expected)[100:-100].max() < (0.02 if depth == 1 else 0.005)
+    assert np.abs(read - expected)[100:-100].max() < (
+        0.02 if depth == 1 else 0.008
+    )  # resampling overshoots at the ends
+
+
+def test_sounds_are_brought_to_one_loudness_but_silence_is_not_made_loud(tmp_path: Path) -> None:
+    whole = sound(tmp_path / "x.wav").read_bytes()
+    for factor in (1, 0.1, 0):
+        quiet = (np.frombuffer(whole[44:], "<i2") * factor).astype("<i2").tobytes()
+        (tmp_path / "x.wav").write_bytes(whole[:44] + quiet)
+        peak = np.abs(read_sound(tmp_path / "x.wav", Form())).max()
+        assert peak == pytest.approx(0.5 if factor else 0, abs=1e-6)
 
 
 def test_short_sounds_end_in_silence_and_long_ones_are_cut(tmp_path: Path) -> None:
@@ -259,7 +270,8 @@ def test_a_picture_cut_short_is_refused_when_it_is_read(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@example(13, bytes(4))  # a chunk that is longer than the file
+@settings(max_examples=150, deadline=None)
 def test_a_damaged_picture_or_sound_is_read_or_refused(at: int, with_: bytes) -> None:
     import tempfile
 

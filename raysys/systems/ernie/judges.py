@@ -134,7 +134,8 @@ class SpokenJudge:
             frames = np.stack([part[s : s + 256] for s in starts])
             power = np.abs(np.fft.rfft(frames * np.hanning(256)))[:, 1:]
             edges = np.unique(np.round(128 * np.linspace(0, 1, bands + 1) ** 1.5).astype(int))
-            grid = np.log(1e-3 + np.add.reduceat(power, edges[:-1], 1) / np.diff(edges))
+            grid = np.add.reduceat(power, edges[:-1], 1) / np.diff(edges)
+            grid = np.log(0.03 * max(1e-6, float(grid.max())) + grid)  # what lies 30 dB below the loudest is silence
             made.append((grid - grid.mean()).ravel())
         return np.stack(made)
 

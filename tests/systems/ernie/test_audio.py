@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raysys.data.multimodal import Form, load_multimodal
-from raysys.systems.ernie.judges import ToneJudge, ceiling
+from raysys.systems.ernie.judges import SpokenJudge, ToneJudge, ceiling
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
 from raysys.systems.ernie.tokenizers.audio_training import AudioLearner, report
 from raysys.systems.ernie.tokenizers.lapped import Lapped
@@ -229,10 +229,18 @@ def test_tones_survive_the_codec() -> None:
 
 @pytest.mark.slow
 def test_speech_can_be_coded(shared_data: object) -> None:
-    """Spoken digits at 8 kHz, 32 ms frames."""
+    """Spoken digits at 8 kHz, 16 ms frames: SNR 3.9 dB, 41 % of digits read (72 % after 1200 steps; chance is 10 %)."""
     data = load_multimodal(f"{shared_data}/fsdd", form=Form(rate=8000, samples=4096))
-    setting = AudioSetting(rate=8000, hop=256, steps=200)
+    setting = AudioSetting(rate=8000, steps=300, spectral=1.0)
     codec = trained(setting, torch.from_numpy(np.stack([x.wave for x in data.train("t2a")])))
-    told = report(codec, torch.from_numpy(np.stack([x.wave for x in data.test("t2a")])))
-    assert told["SNR"] > 1
-    assert told["level 1 unused"] <= 6
+    items = list(data.test("t2a"))
+    waves = np.stack([x.wave for x in items])
+    told = report(codec, torch.from_numpy(waves))
+    assert told["SNR"] > 2.5
+    assert all(told[f"level {k} unused"] <= 6 for k in range(1, 5))
+    with torch.no_grad():
+        back = codec.reconstruct(torch.from_numpy(waves)).numpy()
+    judge = SpokenJudge(list(data.train("a2t")))
+    original, rebuilt = ceiling(judge, waves, back, [{"digit": x.facts["digit"]} for x in items])["digit"]
+    assert original > 0.94
+    assert rebuilt > 0.2

@@ -54,7 +54,8 @@ class Flow:
         ends = torch.tensor([len(one) - 1 for one in laid], device=self.device)
         self.last = torch.arange(self.rows, device=self.device) * width + ends
         """Flat places (R,) of the last tokens of what is fed next: first the prompts, then a group."""
-        self.at = torch.tensor([one.at for one in laid], device=self.device)
+        self.at = torch.tensor([one.at for one in laid], dtype=torch.float32, device=self.device)
+        self._empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.group = torch.tensor([one.group[-1] for one in laid], device=self.device)
         self.elastic = None if sub is None else sub.rows(self.rows, model.setting, str(self.device))
         self.cache = model.cache(self.rows, width + room)
@@ -109,13 +110,13 @@ class Flow:
         self.group = self.group + 1
         shape, s = (self.rows, position.shape[1]), self.model.sizes
         zero = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        empty, blank = self._empty, torch.full_like(zero, NONE)
+        codes, bits = empty.view(0, s.levels), empty.view(0, s.bits)
         none: dict[str, Any] = {
             "kind": zero + int(kind), "ids": zero, "doc": zero, "group": self.group[:, None].expand(shape),
-            "position": position.float(), "task": zero, "modality": zero + MODALITY[kind], "next": zero + NONE,
-            "further": zero + NONE, "visual": torch.zeros(0, s.bits, device=self.device), "visual_at": empty, "scale": empty,
-            "seen": (), "codes": empty.view(0, s.levels), "audio_at": empty, "bit_at": empty,
-            "bits": empty.view(0, s.bits), "bit_scale": empty, "code_at": empty, "code": empty.view(0, s.levels),
+            "position": position, "task": zero, "modality": zero + MODALITY[kind], "next": blank, "further": blank,
+            "visual": bits.to(position.dtype), "visual_at": empty, "scale": empty, "seen": (), "codes": codes,
+            "audio_at": empty, "bit_at": empty, "bits": bits, "bit_scale": empty, "code_at": empty, "code": codes,
         }  # fmt: skip
         return Batch(**{**none, **fields})
 

@@ -90,8 +90,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (R, T, D), visible (R, T, S): (R, T, D)."""
         r, t, width = x.shape
-        q, k, v = self.qkv(x).view(r, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(torch.cat([self.norm_q(q), self.norm_k(k)], 1), turn).chunk(2, 1)
+        qkv = self.qkv(x).view(r, t, 3 * self.heads, -1).transpose(1, 2)
+        both, v = qkv[:, : 2 * self.heads], qkv[:, 2 * self.heads :]
+        scale = torch.stack([self.norm_q.weight, self.norm_k.weight]).repeat_interleave(self.heads, 0)[:, None]
+        q, k = rotate(F.rms_norm(both, both.shape[-1:]) * scale, turn).chunk(2, 1)  # both norms in one
         if cache is not None:
             k, v = cache.put(layer, k, v)
         seen = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=visible[:, None])

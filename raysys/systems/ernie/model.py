@@ -152,7 +152,9 @@ class UniModel(nn.Module):
             state,
             self.text(state[(batch.next >= 0).flatten()]),
             self._further(batch, flat, visible, turn) if further else state.new_zeros(0, self.sizes.vocabulary),
-            self.bits(state[batch.bit_at]),
+            self.bits(state[batch.bit_at])
+            if self.training or len(batch.bit_at)
+            else state.new_zeros(0, self.sizes.bits),
             code_logits,
             torch.stack(chosen, 1) if chosen else batch.code.new_zeros(0, self.levels),
             routed,

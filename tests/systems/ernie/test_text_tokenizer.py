@@ -84,8 +84,8 @@ def test_without_merges_a_token_is_a_byte() -> None:
 def test_merges_shorten_held_out_text() -> None:
     test = [item.text for item in load_multimodal().test("lm")]
     told = report(TOKENIZER, test)
-    assert told["bytes per token"] > 1.9  # 2.07; a vocabulary of bytes alone has 1
-    assert told["vocabulary used"] > 0.6  # 0.70: no control characters, no bytes above 127
+    assert told["bytes per token"] > 1.9  # 1.94; a vocabulary of bytes alone has 1
+    assert told["vocabulary used"] > 0.6  # 0.65: no control characters, no bytes above 127
     assert report(TextTokenizer.train([], 266), test)["bytes per token"] == 1
 
 

@@ -52,6 +52,7 @@ bench: .venv/.installed  ## measure against the peers; figures in docs/benchmark
 	$(BIN)/python benchmarks/encode_vs_sentence_transformers.py --json $(RESULTS)/encode_vs_sentence_transformers.json
 	$(BIN)/python benchmarks/index_vs_faiss.py --json $(RESULTS)/index_vs_faiss.json
 	$(BIN)/python benchmarks/search_vs_fastapi.py --json $(RESULTS)/search_vs_fastapi.json
+	$(BIN)/python benchmarks/ernie_decode.py --json $(RESULTS)/ernie_decode.json
 
 cluster-test: .venv/.installed  ## a real `ray up`, `ray job submit` and `ray down` against a throwaway sshd
 	$(BIN)/python -m pytest tests/cluster -v

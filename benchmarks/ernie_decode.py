@@ -38,7 +38,7 @@ from raysys.systems.ernie.stream import NONE, Sample, Special, Text, lay
 TOKENS, PROMPT, CONTEXT, GOAL, WITHIN = 256, 16, 128, 5.0, 0.2
 SIZES = Sizes(512, 16, ((1, 1), (2, 2), (4, 4)), 64, 4, 32, 1)
 MODELS = {
-    "demo (96 wide, 6 layers, 64 experts)": {},
+    "the default setting": {},
     "256 wide, 12 layers, 64 experts": {"width": 256, "layers": 12, "heads": 8, "expert_width": 128, "shared_width": 256},
     "512 wide, 12 layers, 16 experts": {
         "width": 512, "layers": 12, "heads": 8, "experts": 16, "expert_width": 512, "shared_width": 512,

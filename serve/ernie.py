@@ -35,13 +35,13 @@ from serve.ernie_model import ErnieConfig, Model, Parts
 from serve.ernie_models import Answer, Ask, Info
 from serve.ernie_turns import Event
 from serve.front import Collects
-from serve.guard import guarded_app
+from serve.guard import DEADLINE, guarded_app
 from serve.local import Here, serve_here
 from serve.refusal import Refused
 
 RAW = {"image": "image/png", "audio": "audio/wav"}
-MARGIN = 0.95
-"""Part of the deadline after which a stream ends itself, with a sentence; the guard could only cut it off."""
+MARGIN_S = 2.0
+"""Seconds before the deadline (or a quarter of it) when a stream ends itself, with a sentence; the guard can only cut it off."""
 SHOWN = (
     "max_places",
     "max_tokens",
@@ -97,7 +97,7 @@ class Front(Collects):
             accept = request.headers.get("accept", "")
             parts = await asyncio.to_thread(self.parts, ask)
             if ask.stream:
-                return await self.streamed(ask, parts, "text/event-stream" in accept)
+                return await self.streamed(ask, parts, "text/event-stream" in accept, request.scope[DEADLINE])
             return self.written(await self.answer(ask, parts), accept)
 
         return app
@@ -157,9 +157,9 @@ class Front(Collects):
         made = Answer.model_validate({name: value for name, value in answer.items() if name != "type"})
         return Response(made.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def streamed(self, ask: Ask, parts: Parts, events: bool) -> Response:
+    async def streamed(self, ask: Ask, parts: Parts, events: bool, deadline: float) -> Response:
         """An answer's parts as they are made."""
-        until = asyncio.get_running_loop().time() + MARGIN * self.config.guard.timeout_s
+        until = deadline - min(MARGIN_S, self.config.guard.timeout_s / 4)
         asked = self.model.options(stream=True).events.remote(ask, parts)
         source = aiter(asked)
         try:

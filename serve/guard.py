@@ -42,6 +42,8 @@ KEYS_VARIABLE = "RAYSYS_API_KEYS"
 SHORTEST_KEY = 16
 OPEN = ("/healthz", "/metrics", "/docs", "/openapi.json")
 HEALTH_TIMEOUT_S = 5.0
+DEADLINE = "raysys.deadline"
+"""Entry of a request's scope: when it will be cut off, by the loop's clock. A stream can end with a sentence before."""
 
 log = logging.getLogger("ray.serve")
 
@@ -146,7 +148,8 @@ class Guard:
         self.waiting += 1
         self.meters.waiting.set(self.waiting)
         try:
-            async with asyncio.timeout(self.config.timeout_s):
+            async with asyncio.timeout(self.config.timeout_s) as limit:
+                scope[DEADLINE] = limit.when()
                 body = await self._body(headers.get(b"content-length", b""), receive)
                 await self.app(scope, _replayed(body, receive), send)
         finally:

@@ -62,7 +62,7 @@ def hostile(most: int) -> list[tuple[str, bytes, int, str]]:
     asks += [({"input": [{"text": "a"}, {"audio": b64(wav_bytes())}], "continue_text": True}, 422, "continue_text: ")]
     texts = ("", None, 1, [], {"text": "a"}, "x" * 2001, "\ud800")
     asks += [({"input": [{"text": t}]}, 422, "input") for t in texts]
-    asks += [({"input": [{"text": "zq " * 400}], "max_tokens": 10}, 422, "a row has 300")]
+    asks += [({"input": [{"text": "zq " * 660}], "max_tokens": 10}, 422, "a row has 1000")]
     asks += [
         ({"input": [{"text": "a", "image": png64()}]}, 422, "exactly one of"),
         ({"input": [{"speaker": "x"}]}, 422, "input.0"),

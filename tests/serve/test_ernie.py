@@ -39,9 +39,9 @@ from serve.ernie_model import ErnieConfig, Holder
 from serve.ernie_models import Ask
 from serve.ernie_turns import Ticket
 
-PORT, MOST = 8723, 120
+PORT, MOST, LONG = 8723, 900, 120
 LIMITS = {
-    "max_places": 300,
+    "max_places": 1000,
     "max_tokens": MOST,
     "max_frames": 6,
     "max_sound_frames": 40,
@@ -354,7 +354,7 @@ def test_a_stream_that_nobody_reads_stops_computing(client: httpx.Client) -> Non
 def test_a_short_answer_does_not_wait_for_long_ones(client: httpx.Client) -> None:
     with ThreadPoolExecutor(3) as threads:
         long = [
-            threads.submit(generate, client, input=[{"text": "a"}], seed=2, max_tokens=MOST, temperature=t)
+            threads.submit(generate, client, input=[{"text": "a"}], seed=2, max_tokens=LONG, temperature=t)
             for t in (1.0, 1.1)
         ]
         time.sleep(0.3)
@@ -383,11 +383,11 @@ def test_a_budget_changes_the_time_and_never_the_weights(client: httpx.Client) -
     """4 of 12 layers and 1 of 4 experts: measured 2.4 to 2.9 times faster, alone on a core."""
     weights = metric(client, "raysys_ernie_weights_bytes")
     seconds: dict[str, list[float]] = {name: [] for name in ("small", "medium", "full")}
-    generate(client, input=[{"text": "a"}], seed=2, max_tokens=MOST)
+    generate(client, input=[{"text": "a"}], seed=2, max_tokens=LONG)
     resident = metric(client, "raysys_ernie_resident_bytes")
     for _ in range(2):
         for name, taken in seconds.items():
-            answer = generate(client, input=[{"text": "a"}], seed=2, max_tokens=MOST, budget=name)
+            answer = generate(client, input=[{"text": "a"}], seed=2, max_tokens=LONG, budget=name)
             taken.append(answer["seconds"] / answer["steps"])
     small, medium, full = (min(taken) for taken in seconds.values())
     assert small < 0.75 * full, seconds
@@ -538,31 +538,26 @@ def test_no_damaged_file_is_an_error_of_the_app(client: httpx.Client, data: st.D
 def test_too_many_get_503_and_the_late_get_504(ray_cluster: Any, url: str, run: Path) -> None:
     from ray import serve
 
-    guard = {"auth": "none", "timeout_s": 1.0, "max_waiting": 3}
+    guard = {"auth": "none", "timeout_s": 2.0, "max_waiting": 3}
     serve.run(
-        build({"run": str(run), "guard": guard, "max_tokens": 400, "max_runs": 2}),
+        build({"run": str(run), "guard": guard, "max_tokens": 4000, "max_places": 4100, "max_runs": 2}),
         name="narrow",
         route_prefix="/narrow",
     )
     with httpx.Client(base_url=url.replace("/ernie", "/narrow"), timeout=60) as client:
-        asked = {"input": [{"text": "a"}], "seed": 2, "max_tokens": 400}
+        asked = {"input": [{"text": "a"}], "seed": 2}  # 4000 tokens take 15 s alone on a core
         with ThreadPoolExecutor(6) as threads:
             answers = list(threads.map(lambda _: client.post("/generate", json=asked), range(6)))
         seen = [one.status_code for one in answers]
-        assert set(seen) <= {200, 503, 504}
-        assert 503 in seen
-        assert 504 in seen
-        assert all("error" in one.json() for one in answers if one.status_code != 200)
+        assert set(seen) == {503, 504}, seen
+        assert all("error" in one.json() for one in answers)
         deadline = time.monotonic() + 10
         while metric(client, "raysys_ernie_runs"):
             assert time.monotonic() < deadline, "nobody waits for them any more"
             time.sleep(0.05)
-        with ThreadPoolExecutor(2) as threads:  # two at once are slower than the deadline
-            told = list(threads.map(lambda seed: stream(client, **{**asked, "seed": seed}), (2, 3)))
-        assert told[0][0]["type"] == "start"
-        assert told[0][-1]["type"] in ("done", "error")
-        if told[0][-1]["type"] == "error":
-            assert (told[0][-1]["status"], "within 1 s" in told[0][-1]["error"]) == (504, True)
+        told = stream(client, **asked)
+        assert (told[0]["type"], told[1]["type"], told[-1]["type"]) == ("start", "text", "error")
+        assert (told[-1]["status"], "within 2 s" in told[-1]["error"]) == (504, True)
     serve.delete("narrow")
 
 

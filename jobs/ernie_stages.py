@@ -26,9 +26,10 @@ from raysys.runtime.storage import Storage
 from raysys.runtime.train import TrainConfig as Spread
 from raysys.runtime.train import fit, fit_here
 from raysys.systems.ernie.artifact import Bundle, Tokenizers, load_tokenizers, save
-from raysys.systems.ernie.corpus import Corpus, samples_of
+from raysys.systems.ernie.corpus import Corpus
 from raysys.systems.ernie.learner import Pretraining
 from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.samples import samples_of
 from raysys.systems.ernie.setting import FormSetting, ModelSetting, PretrainSetting, Sizes
 from raysys.systems.ernie.tasks import Tested
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting

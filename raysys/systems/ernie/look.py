@@ -5,7 +5,8 @@ Shapes: S images or videos of T frames, (hp, wp) patches, C1 CNN and C pixel cha
 Notable choices
 - Per token K adjacent patches of each path (4 of an image, 16 over 4 frames) are joined to 2 K, attend to each other, and are
   averaged: the paper's order of operations; sizes are ours.
-- Each of the 2 K slots has a learned vector: the mean would otherwise not know which patch was where (ours).
+- Each of the 2 K slots has a projection of its own: the mean would otherwise not know which patch was where, and with one
+  projection and a vector for each slot the digits of the embedded data were not learned at all (ours).
 - The CNN path is the visual tokenizer before its quantiser. The paper's ViT is pretrained and large; ours is a patch projection
   and one transformer layer, trained with the backbone (INFERRED small stand-in).
 """
@@ -43,12 +44,13 @@ class LookEncoder(nn.Module):
 
     def __init__(self, cnn: int, channels: int, width: int, heads: int) -> None:
         super().__init__()
-        self.cnn, self.patch = nn.Linear(cnn, width), nn.Linear(4 * channels, width)
+        self.patch = nn.Linear(4 * channels, width)
         self.vit, self.merge = SelfAttention(width, heads), SelfAttention(width, heads)
         self.inner = nn.Sequential(
             nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
-        self.slot = nn.Parameter(torch.randn(2 * MOST, width))
+        self.slot_cnn = nn.Parameter(torch.randn(MOST, cnn, width) * cnn**-0.5)
+        self.slot_vit = nn.Parameter(torch.randn(MOST, width, width) * width**-0.5)
         self.frequencies: Tensor
         half = torch.arange(width // 4).float()
         self.register_buffer("frequencies", 100.0 ** (-half / max(1, width // 4)), persistent=False)
@@ -62,8 +64,9 @@ class LookEncoder(nn.Module):
         patches = self.patch(patches) + self._places(hp, wp)
         vit = self.vit(patches.reshape(s * t, hp * wp, -1))
         vit = (vit + self.inner(vit)).view(s, t, hp, wp, -1)
-        slots = self.slot.view(2, MOST, -1)[:, : 4 * w].flatten(0, 1)
-        groups = torch.cat([_adjacent(self.cnn(cnn), w), _adjacent(vit, w)], 1) + slots  # (S n, 2 K, D)
+        first = torch.einsum("gkc,kcd->gkd", _adjacent(cnn, w), self.slot_cnn[: 4 * w])
+        second = torch.einsum("gkc,kcd->gkd", _adjacent(vit, w), self.slot_vit[: 4 * w])
+        groups = torch.cat([first, second], 1)  # (S n, 2 K, D)
         y: Tensor = self.out(self.norm(self.merge(groups).mean(1)))
         return y.view(s, -1, y.shape[-1])
 

@@ -136,6 +136,11 @@ class UniModel(nn.Module):
             if not kept_by[number]:
                 nothing = nothing or self._nothing(x)
                 routed.append(nothing)
+                if (
+                    self.training
+                ):  # workers that share out experts call every mixture equally often, forwards and backwards
+                    y, _ = layer.moe(x.new_zeros(0, width))  # type: ignore[operator]
+                    x = x.reshape(-1, width).index_add(0, nothing[0], y.to(x.dtype)).view(x.shape)
             else:
                 span = every
                 if elastic is not None and kept_by[number] < batch.rows:

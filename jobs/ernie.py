@@ -42,6 +42,7 @@ from raysys.runtime.train import TrainConfig as Spread
 from raysys.runtime.train import fit_here
 from raysys.systems.ernie.artifact import Bundle, load_tokenizers, save
 from raysys.systems.ernie.setting import Counts, ModelSetting, PretrainSetting
+from raysys.systems.ernie.study import OFF
 from raysys.systems.ernie.tasks import MEASURES, Tested, ceilings, measure
 
 SPECIALISTS = {"text": ("lm",), "vision": ("t2i", "i2t", "t2v", "v2t"), "audio": ("t2a", "a2t")}
@@ -123,6 +124,8 @@ class DemoConfig(PretrainConfig):
 
     test: int = Field(80, ge=1)
     """Held-out items of each task that are measured."""
+    pretrain: PretrainSetting = PretrainSetting(steps=350, elastic=OFF)
+    """Training of the backbone: here without sub-models, which `elastic` compares (they slow such a short training down)."""
 
 
 def demo(config: DemoConfig, run: Run, session: Session) -> None:

@@ -68,6 +68,8 @@ class ErnieConfig(ClusterJob):
     """How training is spread over processes."""
     execution: Literal["actors", "inprocess"] = "actors"
     """actors: Ray Train workers, Ray Data and tasks; inprocess: the same numbers in this process."""
+    items: int = Field(0, ge=0)
+    """Training items of each task that are used at most; 0 means all."""
     seeds: int = Field(1, ge=1, le=10_000)
     """Repetitions."""
 
@@ -188,10 +190,10 @@ def make_pretraining(
 
 def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Tokenizers, data: Multimodal) -> Corpus:
     """Training samples, tokenised into shards of this run."""
+    limits = dict.fromkeys(data.tasks, config.items) if config.items else None
     if config.execution == "actors":
-        session.release()
-        return tokenize(config, run, session, tokenizers, data)
-    return tokenize_here(config, run, tokenizers, data)
+        return tokenize(config, run, session, tokenizers, data, limits)
+    return tokenize_here(config, run, tokenizers, data, limits)
 
 
 def held_out(data: Multimodal, tokenizers: Tokenizers, count: int) -> dict[str, Tested]:

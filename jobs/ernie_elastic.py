@@ -9,7 +9,16 @@ import ray
 from pydantic import Field, model_validator
 
 from jobs.ernie_show import routing_figures
-from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, held_out, make_pretraining, read, trained_model
+from jobs.ernie_stages import (
+    ErnieConfig,
+    alone,
+    get_corpus,
+    get_tokenizers,
+    held_out,
+    make_pretraining,
+    read,
+    trained_model,
+)
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
@@ -61,7 +70,10 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
         for name in names:
             model, pretrain = study.variant(name, config.model, config.pretrain, levels)
             own = rungs if name in ("elastic", "plain") else rungs[:1]
-            units[f"seed{seed}/{name}"] = (train_unit, (model, pretrain, run.path, samples, own, seed))
+            units[f"seed{seed}/{name}"] = (
+                train_unit,
+                (model, pretrain, run.path, samples, own, seed, alone(config.train)),
+            )
     found = run_stages(run, session, units, "elastic study")
     results = [
         {name: found[f"seed{seed}/{name}"] for name in names} for seed in range(config.seed, config.seed + config.seeds)
@@ -70,7 +82,13 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
 
 
 def train_unit(
-    model: ModelSetting, pretrain: PretrainSetting, run: str, samples: list[Sample], rungs: list[study.Rung], seed: int
+    model: ModelSetting,
+    pretrain: PretrainSetting,
+    run: str,
+    samples: list[Sample],
+    rungs: list[study.Rung],
+    seed: int,
+    spread: Spread,
 ) -> dict[str, Any]:
     """One model in this process: trained, then measured at each rung on held-out samples."""
     tokenizers = load_tokenizers(run)
@@ -79,7 +97,7 @@ def train_unit(
     def make(device: str) -> Any:
         return make_pretraining(model, pretrain, sizes, quantiser, run, seed, device)
 
-    state = fit_here(None, make, Spread(clip=1.0))
+    state = fit_here(None, make, spread)
     bundle = Bundle.of(tokenizers, trained_model(model, sizes, state))
     source = Corpus.open(Storage(run))
     seen = [source.get(task, i) for task in TASKS if source.size(task) for i in range(min(40, source.size(task)))]
@@ -97,7 +115,6 @@ def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: lis
             "parameters": f"{told['total'] / whole['total']:.0%}",
             "active": f"{told['active'] / whole['active']:.0%}",
             "FLOPs": f"{told['flops'] / whole['flops']:.0%}",
-            "CPU time": f"{np.mean([cpu_share(r, rung.label) for r in results]):.0%}",
         }
         for way, (variant, at) in ways(rung.label).items():
             if variant in names:
@@ -115,12 +132,6 @@ def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: lis
     for name in ("elastic", "plain", "separated"):
         if name in names:
             routing_figures(run, first[name]["routing"], first[name]["usage"], name)
-
-
-def cpu_share(result: dict[str, Any], rung: str) -> float:
-    """CPU seconds of measuring a view of the elastic run, relative to the whole model's."""
-    found = result["elastic"]["rungs"]
-    return float(found[rung]["cpu_s"] / found["whole"]["cpu_s"])
 
 
 def ways(rung: str) -> dict[str, tuple[str, str]]:

@@ -14,7 +14,7 @@ from raysys.systems.ernie import figures
 from raysys.systems.ernie.artifact import Bundle
 from raysys.systems.ernie.evaluate import batches, captions, pictures, sounds
 from raysys.systems.ernie.routing import choices, report, usage
-from raysys.systems.ernie.tasks import GIVEN, Tested
+from raysys.systems.ernie.tasks import Tested, given_of
 
 EXAMPLES = 8
 
@@ -29,10 +29,11 @@ def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
         run.figure("images", figures.pictures(side_by_side(rows), "Drawn from captions"))
     if "t2v" in items:
         chosen = items["t2v"].samples[:4]
-        drawn = pictures(bundle, chosen, generator, temperature=0.0, given=GIVEN).numpy()
+        given, shown = given_of(bundle, chosen)
+        drawn = pictures(bundle, chosen, generator, temperature=0.0, given=given).numpy()
         rows = []
         for item, clip in zip(items["t2v"].items, drawn, strict=False):
-            rows += [(f"{item.text}: first {GIVEN} frames given", list(clip)), ("  real", list(item.frames))]
+            rows += [(f"{item.text}: first {shown} given", list(clip)), ("  real", list(item.frames))]
         run.figure("frames", figures.pictures(rows, "Next frames"))
     if "t2a" in items:
         made = sounds(bundle, items["t2a"].samples[:4], generator, temperature=0.5)

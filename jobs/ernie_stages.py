@@ -7,6 +7,7 @@ Notable choices
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -25,12 +26,13 @@ from raysys.runtime.session import Session
 from raysys.runtime.storage import Storage
 from raysys.runtime.train import TrainConfig as Spread
 from raysys.runtime.train import fit, fit_here
-from raysys.systems.ernie.artifact import Bundle, Tokenizers, load_tokenizers, save
+from raysys.systems.ernie.artifact import FOLDER, Bundle, Tokenizers, load_tokenizers, save
 from raysys.systems.ernie.corpus import Corpus
 from raysys.systems.ernie.learner import Pretraining
 from raysys.systems.ernie.model import UniModel
 from raysys.systems.ernie.samples import samples_of
 from raysys.systems.ernie.setting import FormSetting, ModelSetting, PretrainSetting, Sizes
+from raysys.systems.ernie.stream import window
 from raysys.systems.ernie.tasks import Tested
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
 from raysys.systems.ernie.tokenizers.audio_training import AudioLearner
@@ -40,6 +42,8 @@ from raysys.systems.ernie.tokenizers.visual import VisualSetting, VisualTokenize
 from raysys.systems.ernie.tokenizers.visual_training import VisualLearner
 
 State = dict[str, torch.Tensor]
+WORDS = 16
+"""Tokens that a caption and the marks around it are reckoned with."""
 MOST = 4096
 """Training images, videos and waves that a tokenizer is shown."""
 
@@ -90,10 +94,32 @@ class ErnieConfig(ClusterJob):
             raise ValueError(
                 f"form.samples: got {self.form.samples}; expected a multiple of audio.hop, {self.audio.hop}"
             )
+        self.check_shapes()
         data = read(self)
         for task, count in self.pretrain.samples.model_dump().items():
             if count and task not in data.tasks:
                 raise ValueError(f"pretrain.samples.{task}: got {count}; {self.data} has only {', '.join(data.tasks)}")
+
+    def check_shapes(self) -> None:
+        """Refuse sizes that do not fit each other.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        form, levels = self.form, self.audio.levels
+        if self.model.layers < levels:
+            raise ValueError(
+                f"model.layers: got {self.model.layers}; audio.levels is {levels}, and needs as many layers"
+            )
+        visual = VisualTokenizer(self.visual, form.channels, form.height, form.width)
+        frames = visual.latent_frames(form.frames)
+        window(form.frames)
+        grid = visual.scales[-1]
+        needed = frames * (sum(h * w for h, w in visual.scales[1:]) + grid[0] * grid[1]) + WORDS
+        if self.pretrain.samples.t2v and needed > self.pretrain.row:
+            raise ValueError(
+                f"pretrain.row: got {self.pretrain.row}; a video with its caption has about {needed} tokens"
+            )
 
 
 def read(config: ErnieConfig) -> Multimodal:
@@ -104,19 +130,30 @@ def read(config: ErnieConfig) -> Multimodal:
 Trained = Callable[[str, Callable[[str], Any]], State]
 
 
-def trainer(config: ErnieConfig, run: Run, session: Session, progress: Progress | None) -> Trained:
+def trainer(
+    config: ErnieConfig, run: Run, session: Session, progress: Progress | None, spread: Spread | None = None
+) -> Trained:
     """A function that trains a learner in the stage of that name."""
+    how = spread or config.train
 
     def trained(name: str, make: Callable[[str], Any]) -> State:
         if config.execution == "actors":
-            return fit(run.stage(name), session, make, config.train, progress=progress)
-        return fit_here(run.stage(name), make, config.train, progress=progress)
+            return fit(run.stage(name), session, make, how, progress=progress)
+        return fit_here(run.stage(name), make, how, progress=progress)
 
     return trained
 
 
+def alone(spread: Spread, blocks: int | None = None) -> Spread:
+    """How what has no experts to share out is trained: without DeepSpeed, by workers that divide its blocks, or by one."""
+    workers = 1 if blocks is None else math.gcd(spread.workers, blocks)
+    return spread.with_values({"workers": workers, "deepspeed": "off", "expert_parallel": 1})
+
+
 def get_tokenizers(config: ErnieConfig, run: Run, session: Session, data: Multimodal) -> Tokenizers:
     """Those of another run, or trained here; they are saved in this run."""
+    if run.storage.exists(f"{FOLDER}/ernie.json"):
+        return load_tokenizers(run.path)  # of an earlier process; what was saved with a model stays as it is
     if config.tokenizers:
         found = load_tokenizers(config.tokenizers)
         if found.form != config.form:
@@ -126,8 +163,9 @@ def get_tokenizers(config: ErnieConfig, run: Run, session: Session, data: Multim
     with Progress(
         config.visual.image_steps + config.visual.video_steps + config.audio.steps, "tokenizers", unit="steps"
     ) as progress:
-        trained = trainer(config, run, session, progress)
-        text = TextTokenizer.train(words(data), config.text.size)
+        blocks = math.gcd(config.visual.blocks, config.audio.blocks)
+        trained = trainer(config, run, session, progress, alone(config.train, blocks))
+        text = TextTokenizer.train(words(data, config.text.characters), config.text.size)
         images, videos = stacked(data, "t2i", "frames"), stacked(data, "t2v", "frames")
         waves, form = stacked(data, "t2a", "wave"), config.form
         visual = VisualTokenizer(config.visual, form.channels, form.height, form.width)
@@ -153,10 +191,16 @@ def fetched(value: Any) -> Any:
     return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
 
-def words(data: Multimodal) -> list[str]:
-    """Training texts and captions."""
-    tasks = [task for task in ("lm", "i2t", "v2t", "a2t") if task in data.tasks]
-    return [item.text for task in tasks for item in data.train(task)[:MOST]]
+def words(data: Multimodal, most: int) -> list[str]:
+    """Training captions and texts, up to `most` characters."""
+    tasks = [task for task in ("i2t", "v2t", "a2t", "lm") if task in data.tasks]
+    found, left = list[str](), most
+    for text in (item.text for task in tasks for item in data.train(task)[:MOST]):
+        if left <= 0:
+            break
+        found.append(text[:left])
+        left -= len(text)
+    return found
 
 
 def stacked(data: Multimodal, task: str, field: str) -> torch.Tensor | None:

@@ -81,7 +81,14 @@ def _picture(data: bytes, file: Path | str, form: Form | None, most: int = MOST_
                 scale = min(width / form.width, height / form.height)
                 w, h = scale * form.width, scale * form.height
                 box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
-                whole = image.convert("L" if grey else "RGB")
+                if image.mode.startswith(("I", "F")):
+                    raise DataError(f"data: {file} has more than 8 bits per pixel and channel; expected 8")
+                if "A" in image.getbands() or "transparency" in image.info:  # what cannot be seen is black
+                    seen = image.convert("RGBA")
+                    opaque = Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen)
+                else:
+                    opaque = image.convert("RGB") if image.mode == "P" else image.copy()
+                whole = opaque.convert("L" if grey else "RGB")
                 small = whole.resize((form.width, form.height), Image.Resampling.BOX if scale > 1 else None, box=box)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         if isinstance(error, DataError):

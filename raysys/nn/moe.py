@@ -68,6 +68,7 @@ class MoE(nn.Module):
         shared_width: inner width of the shared expert; 0 for none.
         score: sigmoid (DeepSeek-V3) or softmax (ERNIE 4.5) of the logits.
         balanced: whether the selection bias is trained to balance the load; it stays 0 otherwise.
+        pool: (E,) int64, where experts are kept apart: which pool each is of. The load is balanced within each pool.
     """
 
     def __init__(
@@ -80,13 +81,20 @@ class MoE(nn.Module):
         *,
         score: Literal["sigmoid", "softmax"] = "sigmoid",
         balanced: bool = True,
+        pool: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= active <= experts:
             raise ValueError(f"a mixture of {experts} experts takes 1 to {experts} active ones, got {active}")
         self.experts, self.active, self.score = experts, active, score
         self.router = nn.Parameter(torch.empty(experts, width))
-        self.bias = nn.Parameter(torch.zeros(experts), requires_grad=balanced)
+        self.bias: Tensor
+        if balanced:
+            self.bias = nn.Parameter(torch.zeros(experts))
+        else:
+            self.register_buffer("bias", torch.zeros(experts))
+        self.pool: Tensor | None
+        self.register_buffer("pool", pool, persistent=False)
         self.w_in = nn.Parameter(torch.empty(experts, width, 2 * expert_width))
         self.w_out = nn.Parameter(torch.empty(experts, expert_width, width))
         self.shared = SwiGLU(width, shared_width) if shared_width else None
@@ -126,7 +134,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x).to(y.dtype)
         if self.training and self.bias.requires_grad and torch.is_grad_enabled():
-            y = _Balance.apply(y, self.bias, loads(routed, self.experts))  # type: ignore[no-untyped-call]
+            y = _Balance.apply(y, self.bias, violation(loads(routed, self.experts), self.pool))  # type: ignore[no-untyped-call]
         return y, routed
 
     def route(
@@ -191,17 +199,26 @@ def loads(routed: Routed, experts: int) -> Tensor:
     return torch.bincount(chosen.reshape(-1) + 1, minlength=experts + 1)[1:]
 
 
+def violation(counts: Tensor, pool: Tensor | None = None) -> Tensor:
+    """(E,) float64: how far the load of each expert is above the mean of all, or of its pool (E,)."""
+    load = counts.to(torch.float64)
+    if pool is None:
+        return load - load.mean()
+    total = torch.zeros(int(pool.max()) + 1, dtype=load.dtype, device=load.device)
+    size = total.index_add(0, pool, torch.ones_like(load))
+    return load - (total.index_add(0, pool, load) / size.clamp(min=1))[pool]
+
+
 class _Balance(torch.autograd.Function):
     """The identity on y, which gives the bias the gradient (c - mean c) SCALE whatever y's is."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(counts)
+    def forward(ctx: Any, y: Tensor, bias: Tensor, above: Tensor) -> Tensor:
+        ctx.save_for_backward(above)
         ctx.dtype = bias.dtype
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (counts,) = ctx.saved_tensors
-        load = counts.to(torch.float64)
-        return grad, ((load - load.mean()) * SCALE).to(ctx.dtype), None
+        (above,) = ctx.saved_tensors
+        return grad, (above * SCALE).to(ctx.dtype), None

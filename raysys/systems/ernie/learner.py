@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from raysys.nn.balance import parameter_groups, switch_loss, z_loss
 from raysys.runtime.seeds import Seeds, Stream
+from raysys.runtime.sentences import UserError
 from raysys.systems.ernie.batch import Batch, Plan, pack
 from raysys.systems.ernie.elastic import sample as sample_elastic
 from raysys.systems.ernie.model import Outputs, UniModel, bit_loss
@@ -147,6 +148,11 @@ class Pretraining:
             return flipped(self.bits, latents, self.setting.flip, generator)
 
         laid = [lay(one, s.scales) for one in samples]
+        longest = max(laid, key=len)
+        if len(longest) > self.setting.row:
+            raise UserError(
+                f"pretrain.row: got {self.setting.row}; a sample of {longest.sample.task} has {len(longest)} tokens"
+            )
         return pack(laid, self.setting.row, planner, s.bits, s.levels, s.codes).to(self.device)
 
     def _unconditional(self, sample: Sample, generator: torch.Generator) -> Sample:
@@ -179,7 +185,8 @@ class Pretraining:
         return followed
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics
+        """Losses of the tasks that every block has, and so the same keys in all."""
+        return {task: self._metrics.get(task, 0.0) for task in self.draw.counts}
 
 
 def fitted(sample: Sample, row: int) -> Sample:

@@ -71,10 +71,13 @@ class UniModel(nn.Module):
         self.look = LookEncoder(sizes.cnn, sizes.channels, width, s.heads)
         self.rotary = Rotary(width // s.heads, s.rope_base)
         balanced = s.balance in ("bias", "both")
+        self.experts_of: Tensor
+        self.register_buffer("experts_of", separated(s.experts), persistent=False)
+        pool = self.experts_of.int().argmax(0) if s.routing == "separated" else None
         self.layers = nn.ModuleList(
             Layer(
                 width, s.heads,
-                MoE(width, s.experts, s.active, s.expert_width, s.shared_width, score=s.score, balanced=balanced),
+                MoE(width, s.experts, s.active, s.expert_width, s.shared_width, score=s.score, balanced=balanced, pool=pool),
             )
             for _ in range(s.layers)
         )  # fmt: skip
@@ -83,8 +86,6 @@ class UniModel(nn.Module):
         self.norm_codes = nn.ModuleList(nn.RMSNorm(width) for _ in range(sizes.levels))
         self.codes = nn.ModuleList(nn.Linear(width, sizes.codes + (q == 0)) for q in range(sizes.levels))
         self.mtp = Further(width, s.heads, s.active * s.expert_width + s.shared_width) if s.mtp_weight else None
-        self.experts_of: Tensor
-        self.register_buffer("experts_of", separated(s.experts), persistent=False)
         self._start()
 
     def _start(self) -> None:

@@ -88,6 +88,8 @@ class ModelSetting(Config):
     def _fits(self) -> Self:
         if self.width % (2 * self.heads):
             raise ValueError(f"width: got {self.width} for {self.heads} heads; expected an even number for each head")
+        if self.routing == "separated" and self.balance in ("aux", "both"):
+            raise ValueError(f"balance: got {self.balance} with separated routing, whose pools only bias balances")
         if self.active > self.experts:
             raise ValueError(f"active: got {self.active} of {self.experts} experts")
         return self

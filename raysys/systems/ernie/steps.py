@@ -23,6 +23,9 @@ from raysys.systems.ernie.model import Outputs, UniModel
 from raysys.systems.ernie.stream import I64, NONE, Sample, Special, Text, grid
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 
+COLD = 1e-3
+"""Below this temperature the most likely is taken: logits over a smaller one overflow."""
+
 
 class Token(NamedTuple):
     """A text token of each row that goes on."""
@@ -182,9 +185,9 @@ def audio_steps(
 
 def pick(logits: Tensor, temperature: float, draw: Tensor) -> tuple[Tensor, Tensor]:
     """A choice (R,) from logits (R, V) by uniform numbers (R,), and its log-probability under what it was drawn from (that of
-    temperature 1 where the most likely is taken)."""
-    spread = (logits.float() / (temperature if temperature > 0 else 1.0)).log_softmax(-1)
-    if temperature > 0:
+    temperature 1 where the most likely is taken: below COLD)."""
+    spread = (logits.float() / (temperature if temperature >= COLD else 1.0)).log_softmax(-1)
+    if temperature >= COLD:
         below = spread.double().exp().cumsum(-1)
         chosen = torch.searchsorted(below, (draw.double()[:, None] * below[:, -1:]), right=True).squeeze(1)
         chosen = chosen.clamp(max=logits.shape[-1] - 1)

@@ -24,11 +24,9 @@ from raysys.systems.ernie.artifact import Bundle
 from raysys.systems.ernie.elastic import SubModel
 from raysys.systems.ernie.evaluate import bits_per_byte, captions, pictures, sounds
 from raysys.systems.ernie.judges import Facts, ToneJudge, digit_judge, facts_of
-from raysys.systems.ernie.stream import Sample
+from raysys.systems.ernie.stream import Sample, Vision
 
 F64 = NDArray[np.float64]
-GIVEN = 2
-"""First frames of a video that are given."""
 
 
 class Measure(NamedTuple):
@@ -92,8 +90,11 @@ def measure(bundle: Bundle, task: str, tested: Tested, seed: int = 0, sub: SubMo
         drawn = pictures(bundle, samples, generator, temperature=0.3, guidance=1.0, sub=sub).numpy()
         return right(digit_judge()(drawn), items)
     if task == "t2v":
-        drawn = pictures(bundle, samples, generator, temperature=0.0, given=GIVEN, sub=sub).numpy()
-        return {"error": next_frames(drawn, np.stack([item.frames for item in items if item.frames is not None]))}
+        given, shown = given_of(bundle, samples)
+        drawn = pictures(bundle, samples, generator, temperature=0.0, given=given, sub=sub).numpy()
+        return {
+            "error": next_frames(drawn, np.stack([item.frames for item in items if item.frames is not None]), shown)
+        }
     waves = sounds(bundle, samples, generator, temperature=0.5, limit=2 * longest(samples), sub=sub)
     return right(judged_tones(waves, bundle.form.rate), items)
 
@@ -109,10 +110,16 @@ def judged_tones(waves: Sequence[NDArray[np.float32]], rate: int) -> list[Facts]
     return [judge(wave[None])[0] if len(wave) >= 4 * judge.window else Facts() for wave in waves]
 
 
-def next_frames(drawn: NDArray[np.float32], truth: NDArray[np.float32]) -> F64:
+def given_of(bundle: Bundle, samples: Sequence[Sample]) -> tuple[int, int]:
+    """First latent frames that samples give, and the frames that these are."""
+    (given,) = {s.given for one in samples for s in one.segments if isinstance(s, Vision)}
+    return given, 1 + (given - 1) * bundle.visual.tau if given else 0
+
+
+def next_frames(drawn: NDArray[np.float32], truth: NDArray[np.float32], given: int) -> F64:
     """(n,) squared error of the frames after the given ones over that of repeating the last given one; (n, T, C, H, W) each."""
-    ours = np.square(drawn[:, GIVEN:] - truth[:, GIVEN:]).mean((1, 2, 3, 4))
-    copied = np.square(truth[:, GIVEN - 1 : GIVEN] - truth[:, GIVEN:]).mean((1, 2, 3, 4))
+    ours = np.square(drawn[:, given:] - truth[:, given:]).mean((1, 2, 3, 4))
+    copied = np.square(truth[:, given - 1 : given] - truth[:, given:]).mean((1, 2, 3, 4))
     return np.asarray(ours / np.maximum(copied, 1e-6), dtype=np.float64)
 
 
@@ -127,7 +134,8 @@ def ceilings(bundle: Bundle, tested: Mapping[str, Tested]) -> dict[str, float]:
             frames = torch.from_numpy(np.stack([item.frames for item in items if item.frames is not None]))
             back = bundle.visual.reconstruct(frames).numpy()
             if task == "t2v":
-                found["t2v error"] = float(next_frames(back, frames.numpy()).mean())
+                shown = given_of(bundle, tested[task].samples)[1]
+                found["t2v error"] = float(next_frames(back, frames.numpy(), shown).mean())
             else:
                 found |= {f"t2i {name}": float(v.mean()) for name, v in right(digit_judge()(back), items).items()}
     if "t2a" in tested:

@@ -59,6 +59,15 @@ def test_a_question_is_a_function_of_seed_and_split(name):
     assert any(not np.array_equal(a, b) for a, b in zip(_arrays(train), _arrays(test), strict=True))
 
 
+@pytest.mark.parametrize("name", ["count", "nextframe"])
+def test_held_out_questions_do_not_repeat_the_answers_of_training(name):
+    env = make(name)
+    pairs = [
+        [env.reset(seed=s, options={"split": split})[1]["trace"] for split in ("train", "test")] for s in range(60)
+    ]
+    assert sum(a == b for a, b in pairs) < 30  # chance gives a quarter or less
+
+
 def _arrays(observation):
     return [np.asarray(part) for part in (observation.values() if isinstance(observation, dict) else [observation])]
 
@@ -68,7 +77,9 @@ def test_held_out_sums_are_never_asked_in_training():
     train = {env.reset(seed=s)[0] for s in range(300)}
     test = {env.reset(seed=s, options={"split": "test"})[0] for s in range(300)}
     assert not train & test
-    assert all(held_out(text) == (crc32(text.encode()) % 5 == 0) for text in train | test)
+    numbers = [sorted(map(int, text[:-1].split("+"))) for text in train | test]
+    assert all(held_out(one) == (crc32("+".join(map(str, one)).encode()) % 5 == 0) for one in numbers)
+    assert not {tuple(sorted(t[:-1].split("+"))) for t in train} & {tuple(sorted(t[:-1].split("+"))) for t in test}
     assert 0.1 < len(test) / (len(train) + len(test)) < 0.35  # of the 100 sums of two digits about a fifth
     text, info = env.reset(seed=0)
     a, b = map(int, text[:-1].split("+"))

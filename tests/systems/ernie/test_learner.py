@@ -75,7 +75,7 @@ def test_it_learns_all_modalities():
         made.loss(step, 0).backward()
         optimizer.step()
         optimizer.zero_grad()
-        last = made.metrics()
+        last = made._metrics
         first = first or last
     assert set(first) == {*TASKS, "mtp", "end"}
     for name in first:
@@ -100,7 +100,7 @@ def test_a_task_without_data_is_refused():
 def test_each_loss_is_divided_by_its_usual_size():
     made = learner()
     made.module.size.data = torch.linspace(0.5, 2.0, 7).log()
-    value, m = made.loss(1, 0), made.metrics()
+    value, m = made.loss(1, 0), made._metrics
     parts = [m[task] / size for task, size in zip(TASKS, torch.linspace(0.5, 2.0, 7).tolist(), strict=True)]
     assert value.item() == pytest.approx(
         sum(parts) + 0.3 * m["mtp"] / 0.5 + m["end"] / np.log(SIZES.vocabulary), rel=1e-5

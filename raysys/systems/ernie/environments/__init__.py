@@ -7,6 +7,8 @@ from raysys.systems.ernie.environments.question import Question, SingleTurn
 from raysys.systems.ernie.environments.registered import ENVIRONMENTS, make, register
 from raysys.systems.ernie.environments.tones import Tones
 
+register()
+
 __all__ = [
     "ENVIRONMENTS",
     "Arithmetic",

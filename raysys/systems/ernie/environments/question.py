@@ -74,7 +74,11 @@ class SingleTurn(gymnasium.Env[Any, str], ABC):  # type: ignore[misc]
             ValueError: there is no such split.
         """
         super().reset(seed=seed)
-        self.question = self.draw(self.np_random, _known((options or {}).get("split", self.split)))
+        split = _known((options or {}).get("split", self.split))
+        own = np.random.default_rng(
+            [int(self.np_random.integers(2**62)), int(split == "test")]
+        )  # splits share no layout
+        self.question = self.draw(own, split)
         self.open = True
         return deepcopy(self.question.observation), {"answer": self.answer, "trace": self.question.trace}
 

@@ -37,13 +37,12 @@ class Tones(SingleTurn):
         self.observation_space = spaces.Box(-1.0, 1.0, (tones * self.form.samples,), np.float32)
 
     def draw(self, rng: np.random.Generator, split: Split) -> Question:
-        drawn = np.random.default_rng([int(rng.integers(2**62)), int(split == "test")])
         words, waves = list[str](), []
         for _ in range(self.tones):
-            register = tuple(REGISTERS)[int(drawn.integers(len(REGISTERS)))]
-            shape = tuple(SHAPES)[int(drawn.integers(len(SHAPES)))]
-            frequency = REGISTERS[register] * drawn.uniform(1 - SPREAD, 1 + SPREAD)
-            waves.append(tone(self.form, frequency, SHAPES[shape], drawn))
+            register = tuple(REGISTERS)[int(rng.integers(len(REGISTERS)))]
+            shape = tuple(SHAPES)[int(rng.integers(len(SHAPES)))]
+            frequency = REGISTERS[register] * rng.uniform(1 - SPREAD, 1 + SPREAD)
+            waves.append(tone(self.form, frequency, SHAPES[shape], rng))
             words += [register, shape]
         return Question(np.clip(np.concatenate(waves), -1, 1), " ".join(words))
 

@@ -21,7 +21,10 @@ from raysys.systems.ernie.environments.question import Split
 
 I64 = NDArray[np.int64]
 SPARE = 1_000_000
-"""Seeds from here on are the warm start's, so that no question of RL was answered for the model before."""
+"""Seeds from here on are the warm start's: other draws than those of RL. Short sums are few, and some come in both."""
+
+PATIENCE = 20
+"""Seeds that are tried for each held-out question."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,21 @@ Encode = Callable[[str], I64]
 def ask(
     names: Sequence[str], options: Mapping[str, Mapping[str, Any]], split: Split, seeds: range, read: Read, encode: Encode
 ) -> list[Asked]:  # fmt: skip
-    """Questions of each environment, one for each seed; `options` are the environments' difficulty."""
+    """Questions of each environment, one for each seed; `options` are the environments' difficulty. Held-out questions in text
+    are all different: seeds that ask one again are passed over for later ones, as long as there are others."""
     found = []
     for name in names:
-        environment = make(name, **options.get(name, {}))
-        for seed in seeds:
+        environment, known, mine = make(name, **options.get(name, {})), set[str](), list[Asked]()
+        for seed in range(seeds.start, seeds.start + PATIENCE * len(seeds)):
+            if len(mine) == len(seeds):
+                break
             observation, info = environment.reset(seed=seed, options={"split": split})
-            found.append(Asked(name, split, seed, read(name, observation), encode(info["trace"])))
+            last = seed - seeds.start >= (PATIENCE - 1) * len(seeds)
+            if split == "test" and isinstance(observation, str) and observation in known and not last:
+                continue
+            known.add(observation if isinstance(observation, str) else "")
+            mine.append(Asked(name, split, seed, read(name, observation), encode(info["trace"])))
+        found += mine
     return found
 
 

@@ -86,15 +86,15 @@ class HintSetting(Config):
 class DifficultySetting(Config):
     """How hard the environments' questions are."""
 
-    terms: int = Field(3, ge=2, le=8)
+    terms: int = Field(2, ge=2, le=8)
     """Arithmetic: numbers to add."""
-    below: int = Field(5, ge=4, le=1000)
+    below: int = Field(20, ge=4, le=1000)
     """Arithmetic: numbers are smaller than this."""
     kinds: int = Field(0, ge=0, le=10)
     """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""
     tones: int = Field(2, ge=1, le=8)
     """Tones: how many follow each other."""
-    candidates: int = Field(3, ge=2, le=4)
+    candidates: int = Field(2, ge=2, le=4)
     """Next frame: to choose from."""
 
     def options(self, size: int, form: Form) -> dict[str, dict[str, Any]]:
@@ -112,17 +112,17 @@ class RLSetting(Config):
 
     environments: tuple[Name, ...] = NAMES
     """Which environments are mixed; queries alternate between them."""
-    iterations: int = Field(30, ge=1)
+    iterations: int = Field(40, ge=1)
     """Training iterations."""
     prompts: int = Field(64, ge=1)
     """Training queries of each environment; they come again, in another order, when all were used."""
     limit: int = Field(12, ge=1, le=256)
     """Tokens of an answer at most, <eos> included."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3)
     """Of rollouts. At 1 the drawn distribution is the policy itself."""
     minibatches: int = Field(2, ge=1)
     """Optimizer steps of an iteration, on disjoint parts of its queries: from the second on, pi_new differs from pi_old."""
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(2e-4, gt=0)
     """Step size of AdamW, constant after `warmup`."""
     warmup: int = Field(3, ge=0)
     """Iterations of linear warm-up."""
@@ -158,13 +158,13 @@ class RLSetting(Config):
 class WeightSetting(Config):
     """Turns of each environment in the warm start: what is harder gets more (INFERRED)."""
 
-    arithmetic: int = Field(3, ge=1)
+    arithmetic: int = Field(4, ge=1)
     """Sums."""
     count: int = Field(1, ge=1)
     """Digits in an image."""
     tones: int = Field(1, ge=1)
     """Tones."""
-    nextframe: int = Field(3, ge=1)
+    nextframe: int = Field(2, ge=1)
     """Next frames."""
 
 
@@ -173,7 +173,7 @@ class WarmSetting(Config):
 
     samples: int = Field(400, ge=1)
     """Training instances of each environment."""
-    steps: int = Field(120, ge=0)
+    steps: int = Field(160, ge=0)
     """Optimizer steps; 0 leaves the warm start out."""
     batch: int = Field(32, ge=1)
     """Instances of a step."""

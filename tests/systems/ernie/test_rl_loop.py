@@ -145,13 +145,13 @@ def test_hints_are_given_not_trained_and_fade(monkeypatch):
     assert all(answer.hint == 2 and answer.ids[:2].tolist() == [3, 4] for answer in first)
     assert all((answer.version[:2] == -1).all() and not answer.logp[:2].any() for answer in first)
     assert all(answer.hint == 0 for query in batches[-1] for answer in query.answers)
-    fresh = loop(setting(iterations=8, hints={"initial": 0.7, "gamma": 0.0}, buffer={**BUFFER, "depth": 1}))
+    fresh = loop(setting(iterations=8, hints={"initial": 0.4, "gamma": 0.0}, buffer={**BUFFER, "depth": 1}))
     before = fresh.updater.policy.module.logits.detach().clone()
     for _ in range(8):  # where all answers of a query earn the same, nothing moves
         fresh.iterate()
     moved = (fresh.updater.policy.module.logits.detach() - before).abs().amax((0, 2))
-    assert moved[:2].tolist() == [0, 0]  # no loss on the hint's places
-    assert moved[2:].max() > 0
+    assert moved[0] == 0  # no loss on the hint's place
+    assert moved[1:].max() > 0
 
 
 def test_routes_are_those_of_the_call_that_drew_the_next_token(monkeypatch):

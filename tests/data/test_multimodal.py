@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import wave
 import zlib
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raysys.data.datasets import DataError
-from raysys.data.media import read_picture, read_sound
+from raysys.data.media import decode_picture, read_picture, read_sound
 from raysys.data.multimodal import KIND, Form, load_multimodal
 from raysys.data.multimodal_embedded import chosen, digits, pieces
 
@@ -384,3 +385,17 @@ def test_shakespeare_of_the_shared_folder(shared_data: Path) -> None:
     train, test = ("".join(x.text for x in part("lm")) for part in (data.train, data.test))
     assert (train + test).encode() == (shared_data / "text" / "tinyshakespeare.txt").read_bytes()
     assert len(test) / len(train + test) == pytest.approx(0.1, abs=0.005)
+
+
+def test_what_cannot_be_seen_is_black_and_deep_pictures_are_refused() -> None:
+    made = io.BytesIO()
+    clear = np.full((16, 16, 4), 255, np.uint8)
+    clear[:8, :, 3] = 0
+    Image.fromarray(clear).save(made, "PNG")
+    found = decode_picture(made.getvalue(), "it", Form())
+    assert found[0, :8].max() == 0
+    assert found[0, 8:].min() == 1
+    deep = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 20000, np.uint16)).save(deep, "PNG")
+    with pytest.raises(DataError, match="8 bits"):
+        decode_picture(deep.getvalue(), "it", Form())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raysys.nn import balance
-from raysys.nn.moe import MoE, Routed
+from raysys.nn.balance import max_violation, parameter_groups
+from raysys.nn.moe import MoE, Routed, loads, violation
 
 E, K, WIDTH = 16, 2, 12
 
@@ -162,3 +163,27 @@ def test_overlap_of_the_most_used_quarter() -> None:
     assert balance.top_overlap(a, a.flip(0)) == 0.0
     b = torch.tensor([0] * 10 + [9, 9, 0, 0, 9, 9])  # top: 10, 11, 14, 15
     assert balance.top_overlap(a, b) == pytest.approx(2 / 6)
+
+
+def test_the_load_of_pools_is_balanced_within_each():
+    """Closed form, and on a stream of which one pool gets three quarters: the load inside each pool evens out."""
+    counts, pool = torch.tensor([6, 2, 1, 0, 2]), torch.tensor([0, 0, 1, 1, 1])
+    assert violation(counts, pool).tolist() == [2, -2, 0, -1, 1]
+    assert violation(counts).tolist() == [c - 2.2 for c in counts.tolist()]
+    torch.manual_seed(0)
+    own = torch.tensor([0] * 6 + [1] * 6)
+    moe = MoE(8, 12, 2, 4, 0, pool=own).train()
+    optimizer = torch.optim.AdamW(parameter_groups(moe, rate=1e-9, speed=2e-2))
+    total = torch.zeros(12)
+    for step in range(300):
+        which = (torch.rand(256) < 0.25).long()
+        x = torch.randn(256, 8) + 1.0
+        y, routed = moe(x, allowed=own[None] == which[:, None])
+        (y.sum() * 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 250:
+            total += loads(routed, 12)
+    assert float(max_violation(total[:6])) < 0.2  # 1.5 and more without balance
+    assert float(max_violation(total[6:])) < 0.2
+    assert float(moe.bias.mean().abs()) < 1.0

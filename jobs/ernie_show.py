@@ -25,15 +25,17 @@ def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
     if "t2i" in items:
         chosen = items["t2i"].samples[:EXAMPLES]
         drawn = pictures(bundle, chosen, generator, temperature=0.3, guidance=1.0).numpy()
-        rows = [(item.text, [image]) for item, image in zip(items["t2i"].items, drawn[:, 0], strict=False)]
-        run.figure("images", figures.pictures(side_by_side(rows), "Drawn from captions"))
+        labels, shown = [item.text for item in items["t2i"].items[:EXAMPLES]], list(drawn[:, 0])
+        rows = [(labels[i : i + 4], shown[i : i + 4]) for i in range(0, len(shown), 4)]
+        run.figure("images", figures.pictures(rows, "Drawn from captions"))
     if "t2v" in items:
         chosen = items["t2v"].samples[:4]
         given, shown = given_of(bundle, chosen)
         drawn = pictures(bundle, chosen, generator, temperature=0.0, given=given).numpy()
-        rows = []
+        rows = list[Any]()
         for item, clip in zip(items["t2v"].items, drawn, strict=False):
-            rows += [(f"{item.text}: first {shown} given", list(clip)), ("  real", list(item.frames))]
+            rows.append(([item.text, f"({shown} given)"], list(clip)))
+            rows.append((["the real ones"], list(item.frames)))
         run.figure("frames", figures.pictures(rows, "Next frames"))
     if "t2a" in items:
         made = sounds(bundle, items["t2a"].samples[:4], generator, temperature=0.5)
@@ -51,17 +53,6 @@ def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
     if lines:
         run.grid("What it says (first held-out items)", lines)
     show_routing(run, bundle, items)
-
-
-def side_by_side(rows: list[tuple[str, list[Any]]]) -> list[tuple[str, list[Any]]]:
-    """Images with their captions, four captions to a title."""
-    return [
-        (
-            " | ".join(label for label, _ in rows[i : i + 4]),
-            [image for _, images in rows[i : i + 4] for image in images],
-        )
-        for i in range(0, len(rows), 4)
-    ]
 
 
 def show_routing(run: Run, bundle: Bundle, items: dict[str, Tested], name: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,20 @@ from raysys.runtime.report import COLOURS, LINES, MARKERS, new_figure
 F32 = NDArray[np.float32]
 
 
-def pictures(rows: Sequence[tuple[str, Sequence[F32]]], title: str) -> Figure:
-    """A labelled row of images (C, H, W) in [0, 1] for each entry."""
+def pictures(rows: Sequence[tuple[Sequence[str], Sequence[F32]]], title: str) -> Figure:
+    """Rows of images (C, H, W) in [0, 1], the first ones with labels above."""
     wide = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.6 + 0.75 * wide, 0.5 + 0.8 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(0.4 + 1.3 * wide, 0.5 + 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), wide, squeeze=False)
-    for line, (label, images) in zip(axes, rows, strict=True):
+    for line, (labels, images) in zip(axes, rows, strict=True):
         for ax in line:
             ax.axis("off")
-        for ax, image in zip(line, images, strict=False):
+        for ax, label, image in zip(line, [*labels, *[""] * len(images)], images, strict=False):
             shown = np.clip(image, 0, 1).transpose(1, 2, 0)
             ax.imshow(
                 shown[..., 0] if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest"
             )
-        line[0].set_title(label, loc="left", fontsize=7)
+            ax.set_title(fill(label, 18), fontsize=6)
     figure.suptitle(title, fontsize=9)
     return figure
 

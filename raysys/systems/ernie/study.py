@@ -27,6 +27,8 @@ from raysys.systems.ernie.setting import ElasticSetting, ModelSetting, PretrainS
 from raysys.systems.ernie.stream import TASKS, Sample
 
 OFF = ElasticSetting(depth=0.0, width=0.0, sparsity=0.0)
+SOLVED = 0.05
+"""Nats, below which a task is learned."""
 CONTEXT = 64
 """Tokens that a token attends to, for FLOPs: about half of a sample."""
 
@@ -134,11 +136,13 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def ratio(results: Results, ours: tuple[str, str], theirs: tuple[str, str]) -> Interval:
-    """Mean over tasks of log loss(ours) - log loss(theirs), by seed, as an interval over seeds. Each is (variant, rung)."""
+    """Mean over tasks of log loss(ours) - log loss(theirs), by seed, as an interval over seeds. Each is (variant, rung).
+
+    A loss below SOLVED counts as that: ratios of nothing would drown all others."""
     differences = []
     for one in results:
         a, b = (one[variant]["rungs"][rung]["losses"] for variant, rung in (ours, theirs))
-        differences.append(float(np.mean([np.log(a[task] / b[task]) for task in TASKS if task in a])))
+        differences.append(float(np.mean([np.log(max(a[t], SOLVED) / max(b[t], SOLVED)) for t in TASKS if t in a])))
     return mean_ci(differences)
 
 

@@ -27,6 +27,8 @@ from made import FORM, HOP, b64, make_bundle, png64, wav_bytes
 from refused import hostile
 from served import KEY
 
+from raysys.data.media import decode_sound
+from raysys.data.multimodal import Form
 from raysys.runtime.sentences import UserError
 from raysys.systems.ernie.artifact import Bundle, load
 from raysys.systems.ernie.elastic import SubModel
@@ -132,7 +134,7 @@ def test_text_after_all_kinds_of_input_is_what_is_written_offline(client: httpx.
         seed=5,
         max_tokens=30,
     )
-    heard = np.frombuffer(sound[44:], "<i2").astype(np.float32) / 32768
+    heard = decode_sound(sound, "it", Form(**FORM.model_dump()), (FORM.rate,))
     with torch.no_grad():
         codes = bundle.audio.encode(torch.from_numpy(heard)[None])[0].numpy()
     prompt = Sample(

@@ -62,11 +62,9 @@ def ran(made: str, out: Any, session: Session, **values: Any) -> tuple[bytes, di
 
 def test_actors_give_the_bits_of_one_process_and_the_run_tells_all(ray_cluster: Any, made: str, tmp_path: Path) -> None:
     session = Session(ClusterConfig())
-    alone = ran(made, tmp_path, session, execution="inprocess", arms=["synchronous", "hints"])
-    spread = ran(
-        made, tmp_path, session, execution="actors", arms=["synchronous", "hints"], rollout_actors=2, cpus_per_actor=0.25,
-        train={"cpus_per_worker": 0.5},
-    )  # fmt: skip
+    same = {"arms": ["synchronous", "hints"], "train": {"cpus_per_worker": 0.5}}
+    alone = ran(made, tmp_path, session, execution="inprocess", **same)
+    spread = ran(made, tmp_path, session, execution="actors", rollout_actors=2, cpus_per_actor=0.25, **same)
     assert spread[0] == alone[0]
     assert spread[1] == alone[1]
     assert set(alone[1]) == {"seed0/base", "seed0/synchronous", "seed0/hints"}

@@ -3,6 +3,8 @@
 Notable choices
 - Rows hold whole documents, first-fit; attention does not cross them (`doc`). So a packed sample gives what it gives alone.
 - The bits of all images of one length are planned in one call, with the flips of self-correction (Section 2.5).
+- Numbers that products are made of lie in torch's own memory: numpy's is aligned by chance, and products of other alignment have
+  other bits.
 - Features of visual, look and audio tokens are kept flat, in the order of their places: nothing is stored for other tokens.
 
 Shapes: R rows of T places, P = R T flat places; Nv visual, Nl look, Na audio tokens; d bits, Q levels, K scales.
@@ -170,7 +172,7 @@ def _visual(
     inputs = torch.zeros(len(places), d)
     at, targets, scales = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, d, dtype=torch.bool)], list[int]()
     for shape, members in found.items():
-        plan = planner(torch.from_numpy(np.stack([vision.latents for _, _, vision in members])))
+        plan = planner(torch.from_numpy(np.stack([vision.latents for _, _, vision in members])).clone())
         frames = shape[0]
         tokens = torch.cat([x.flatten(2, 3) for x in plan.inputs], 2)  # (S, T, n, d): scales 2 .. K, then the sum
         wanted = torch.cat([b.flatten(2, 3) for b in plan.bits], 2)  # (S, T, m, d): scales 1 .. K
@@ -216,5 +218,5 @@ def _seen(laid: Sequence[Laid], start: np.ndarray) -> tuple[Seen, ...]:
         cnn, pixels = (
             torch.from_numpy(np.stack([getattr(look, name) for _, look in members])) for name in ("cnn", "pixels")
         )
-        made.append(Seen(cnn.float(), pixels.float(), places))
+        made.append(Seen(cnn.float().clone(), pixels.float().clone(), places))
     return tuple(made)

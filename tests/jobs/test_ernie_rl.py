@@ -27,7 +27,7 @@ SMALL = {
     "wandb": False, "seeds": 1, "every": 2,
     "warm": {"samples": 4, "steps": 2, "batch": 8},
     "rl": {
-        "iterations": 3, "prompts": 4, "test": 2, "limit": 5,
+        "iterations": 3, "prompts": 4, "test": 2, "limit": 8,
         "buffer": {"batch": 4, "group": 2, "depth": 2, "calls": 2, "slots": 6},
     },
 }  # fmt: skip

@@ -25,7 +25,7 @@ from raysys.systems.ernie.tokenizers.visual import VisualSetting, VisualTokenize
 
 SMALL = {
     "wandb": False, "seeds": 1, "every": 2,
-    "warm": {"samples": 4, "steps": 2, "batch": 8},
+    "warm": {"samples": 2, "steps": 40, "batch": 8, "lr": 2e-2},
     "rl": {
         "iterations": 3, "prompts": 4, "test": 2, "limit": 8,
         "buffer": {"batch": 4, "group": 2, "depth": 2, "calls": 2, "slots": 6},

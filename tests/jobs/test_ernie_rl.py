@@ -67,6 +67,7 @@ def test_actors_give_the_bits_of_one_process_and_the_run_tells_all(ray_cluster: 
     spread = ran(made, tmp_path, session, execution="actors", rollout_actors=2, cpus_per_actor=0.25, **same)
     assert spread[0] == alone[0]
     assert spread[1] == alone[1]
+    assert max(alone[1]["seed0/base"]["rows"]["gradient"]) > 0  # some answers were right: reinforcement did something
     assert set(alone[1]) == {"seed0/base", "seed0/synchronous", "seed0/hints"}
     summary = json.loads((Path(alone[2]) / "summary.json").read_text())
     assert [claim["holds"] for claim in summary["claims"]] == [

@@ -17,7 +17,7 @@ HARDER = {
     "arithmetic": {"terms": 3, "below": 20},
     "count": {"kinds": 3},
     "tones": {"tones": 3},
-    "nextframe": {"candidates": 4, "frames": 2},
+    "nextframe": {"candidates": 4, "frames": 2, "turns": True},
 }
 
 
@@ -119,8 +119,9 @@ def test_the_tones_can_be_read_off_the_wave():
     assert right >= 38  # 40 of 40 here: the question can be answered
 
 
-def test_the_right_frame_goes_on_and_the_wrong_ones_turn():
-    env = make("nextframe")
+@pytest.mark.parametrize("turns", [False, True])
+def test_the_right_frame_goes_on_and_the_wrong_ones_do_not(turns):
+    env = make("nextframe", candidates=4, turns=turns)
     for seed in range(40):
         shown, info = env.reset(seed=seed)
         centre = [_centre(frame) for frame in shown["frames"]]
@@ -129,7 +130,8 @@ def test_the_right_frame_goes_on_and_the_wrong_ones_turn():
         right = int(info["answer"]) - 1
         moves = [_centre(frame) - centre[-1] for frame in shown["candidates"]]
         np.testing.assert_allclose(moves[right], step, atol=1e-4)
-        assert all(np.abs(move - step).max() > 0.5 for i, move in enumerate(moves) if i != right)
+        least = 1.5 if turns else 3.5
+        assert all(np.abs(move - step).max() > least for i, move in enumerate(moves) if i != right)
         word = {(0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down"}[
             tuple(np.sign(step.round()).astype(int))
         ]

@@ -1,7 +1,8 @@
 """`NextFrame-v0`: a digit moves; which of the candidates is its next frame? Answer "right 2": where to, and then which, from 1.
 
-Wrong candidates show the same digit where it would be had it turned: so the motion must be seen, not the digit known. Only the
-last word, the number, counts. Held-out clips show held-out handwriting (index % 5 == 0).
+Wrong candidates show the same digit elsewhere, so that the motion must be seen and not the digit known: at least half a digit
+off or, harder, where it would be had it turned. Only the last word, the number, counts. Held-out clips show held-out handwriting
+(index % 5 == 0).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ class NextFrame(SingleTurn):
         candidates: 2 to 4.
         frames: how many are shown, 2 or more.
         size: height and width.
+        turns: wrong candidates are the next frames of a digit that turns, off by two pixels or four.
 
     Raises:
         ValueError: one of these cannot be.
     """
 
     def __init__(
-        self, split: Split = "train", candidates: int = 3, frames: int = 3, size: int = 16, render_mode: str | None = None
+        self, split: Split = "train", candidates: int = 2, frames: int = 3, size: int = 16, turns: bool = False,
+        render_mode: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(split, render_mode)
         self.speed = (size - SIDE) // max(1, frames)
@@ -38,7 +41,7 @@ class NextFrame(SingleTurn):
                 f"nextframe: got {candidates} candidates after {frames} frames of {size} pixels; expected 2 to"
                 f" {len(DIRECTIONS)} candidates, 2 or more frames, and a pixel of room for each beside a digit's {SIDE}"
             )
-        self.candidates, self.frames, self.size = candidates, frames, size
+        self.candidates, self.frames, self.size, self.turns = candidates, frames, size, turns
 
         def box(count: int) -> spaces.Box:
             return spaces.Box(0.0, 1.0, (count, 1, size, size), np.float32)
@@ -56,16 +59,31 @@ class NextFrame(SingleTurn):
         first = int(rng.integers(room - span + 1))
         at[axis] = first if sum(STEPS[way]) > 0 else room - first
         path = [at + self.speed * t * np.array(STEPS[way]) for t in range(self.frames)]
-        order = [way, *(int(w) for w in rng.permutation([w for w in range(len(DIRECTIONS)) if w != way]))]
-        shown = [order[i] for i in rng.permutation(self.candidates)]
-        ends = [path[-1] + self.speed * np.array(STEPS[w]) for w in shown]
+        end = path[-1] + self.speed * np.array(STEPS[way])
+        wrong = self._turned(path[-1], way, rng) if self.turns else self._elsewhere(end, rng)
+        ends = [end, *wrong][: self.candidates]
+        shown = rng.permutation(self.candidates)
         return Question(
             {
                 "frames": np.stack([self._frame(picture, place) for place in path]),
-                "candidates": np.stack([self._frame(picture, place) for place in ends]),
+                "candidates": np.stack([self._frame(picture, ends[i]) for i in shown]),
             },
-            f"{DIRECTIONS[way]} {shown.index(way) + 1}",
+            f"{DIRECTIONS[way]} {int(np.flatnonzero(shown == 0)[0]) + 1}",
         )
+
+    def _turned(self, last: np.ndarray, way: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Where the digit would be, had it turned after `last`."""
+        others = rng.permutation([w for w in range(len(DIRECTIONS)) if w != way])
+        return [last + self.speed * np.array(STEPS[w]) for w in others]
+
+    def _elsewhere(self, end: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+        """Places at least half a digit from the right one and from each other."""
+        room, found = self.size - SIDE, [end]
+        free = [np.array((i, j)) for i in range(room + 1) for j in range(room + 1)]
+        while len(found) < self.candidates:
+            free = [place for place in free if np.abs(place - found[-1]).max() >= SIDE // 2]
+            found.append(free[rng.integers(len(free))])
+        return found[1:]
 
     def _frame(self, picture: np.ndarray, place: np.ndarray) -> np.ndarray:
         """(1, size, size): the digit at a place."""

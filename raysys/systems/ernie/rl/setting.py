@@ -96,6 +96,8 @@ class DifficultySetting(Config):
     """Tones: how many follow each other."""
     candidates: int = Field(2, ge=2, le=4)
     """Next frame: to choose from."""
+    turns: bool = False
+    """Next frame: wrong candidates are off by a turn, which is harder than by half a digit."""
 
     def options(self, size: int, form: Form) -> dict[str, dict[str, Any]]:
         """The environments' options, for images of `size` pixels a side and sound of a form."""
@@ -103,7 +105,7 @@ class DifficultySetting(Config):
             "arithmetic": {"terms": self.terms, "below": self.below},
             "count": {"kinds": self.kinds, "size": size},
             "tones": {"tones": self.tones, "form": form},
-            "nextframe": {"candidates": self.candidates, "size": size},
+            "nextframe": {"candidates": self.candidates, "size": size, "turns": self.turns},
         }
 
 
@@ -164,7 +166,7 @@ class WeightSetting(Config):
     """Digits in an image."""
     tones: int = Field(1, ge=1)
     """Tones."""
-    nextframe: int = Field(2, ge=1)
+    nextframe: int = Field(3, ge=1)
     """Next frames."""
 
 

@@ -24,14 +24,12 @@ from jobs.ernie_rl import RLConfig, rl
 from jobs.ernie_show import show
 from jobs.ernie_stages import (
     ErnieConfig,
-    alone,
     get_corpus,
     get_tokenizers,
     held_out,
-    make_pretraining,
     pretrain_model,
     read,
-    trained_model,
+    train_beside,
 )
 from jobs.ernie_studies import STUDIES, quality
 from raysys.runtime.progress import Progress
@@ -40,8 +38,7 @@ from raysys.runtime.seeds import Seeds, Stream
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import Interval, bootstrap, mean_ci, paired_bootstrap
 from raysys.runtime.train import TrainConfig as Spread
-from raysys.runtime.train import fit_here
-from raysys.systems.ernie.artifact import Bundle, load_tokenizers, save
+from raysys.systems.ernie.artifact import Bundle, save
 from raysys.systems.ernie.setting import Counts, ModelSetting, PretrainSetting
 from raysys.systems.ernie.study import OFF
 from raysys.systems.ernie.tasks import MEASURES, Tested, ceilings, measure
@@ -148,7 +145,7 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
     get_corpus(config, run, session, tokenizers, data)
     items = held_out(data, tokenizers, config.test)
     stage, beside = run.stage("specialists"), None
-    arguments = (config.model, config.pretrain, run.path, items, config.seed, alone(config.train))
+    arguments = (config.model, config.pretrain, run.path, items, config.seed, config.train)
     if stage.result is None and config.execution == "actors":
         beside = ray.remote(specialists).options(num_cpus=1).remote(*arguments)
     with Progress(config.pretrain.steps, "one model (specialists beside it)", unit="steps") as progress:
@@ -166,19 +163,13 @@ def specialists(
     model: ModelSetting, pretrain: PretrainSetting, run: str, items: dict[str, Tested], seed: int, spread: Spread
 ) -> dict[str, Any]:
     """A model for each modality, trained on its tasks alone: the same samples in the same steps as the model for all."""
-    tokenizers, found = load_tokenizers(run), dict[str, Any]()
-    quantiser = tokenizers.visual.quantiser.state_dict()
+    found = dict[str, Any]()
     for tasks in SPECIALISTS.values():
         counts = {task: n if task in tasks else 0 for task, n in pretrain.samples.model_dump().items()}
         if not any(counts.values()):
             continue
         own = pretrain.with_values({"samples": Counts(**counts).model_dump()})
-
-        def make(device: str, own: PretrainSetting = own) -> Any:
-            return make_pretraining(model, own, tokenizers.sizes, quantiser, run, seed, device)
-
-        state = fit_here(None, make, spread)
-        bundle = Bundle.of(tokenizers, trained_model(model, tokenizers.sizes, state))
+        bundle = train_beside(model, own, run, seed, spread)
         found |= examine(bundle, {task: items[task] for task in tasks if task in items and counts[task]}, seed)
     return found
 

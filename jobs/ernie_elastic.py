@@ -11,13 +11,11 @@ from pydantic import Field, model_validator
 from jobs.ernie_show import routing_figures
 from jobs.ernie_stages import (
     ErnieConfig,
-    alone,
     get_corpus,
     get_tokenizers,
     held_out,
-    make_pretraining,
     read,
-    trained_model,
+    train_beside,
 )
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
@@ -25,9 +23,7 @@ from raysys.runtime.session import Session
 from raysys.runtime.statistics import Interval
 from raysys.runtime.storage import Storage
 from raysys.runtime.train import TrainConfig as Spread
-from raysys.runtime.train import fit_here
 from raysys.systems.ernie import figures, study
-from raysys.systems.ernie.artifact import Bundle, load_tokenizers
 from raysys.systems.ernie.corpus import Corpus
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting
 from raysys.systems.ernie.stream import TASKS, Sample
@@ -72,7 +68,7 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
             own = rungs if name in ("elastic", "plain") else rungs[:1]
             units[f"seed{seed}/{name}"] = (
                 train_unit,
-                (model, pretrain, run.path, samples, own, seed, alone(config.train)),
+                (model, pretrain, run.path, samples, own, seed, config.train),
             )
     found = run_stages(run, session, units, "elastic study")
     results = [
@@ -91,14 +87,7 @@ def train_unit(
     spread: Spread,
 ) -> dict[str, Any]:
     """One model in this process: trained, then measured at each rung on held-out samples."""
-    tokenizers = load_tokenizers(run)
-    sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
-
-    def make(device: str) -> Any:
-        return make_pretraining(model, pretrain, sizes, quantiser, run, seed, device)
-
-    state = fit_here(None, make, spread)
-    bundle = Bundle.of(tokenizers, trained_model(model, sizes, state))
+    bundle = train_beside(model, pretrain, run, seed, spread)
     source = Corpus.open(Storage(run))
     seen = [source.get(task, i) for task in TASKS if source.size(task) for i in range(min(40, source.size(task)))]
     return study.examine(bundle, seen, samples, rungs)

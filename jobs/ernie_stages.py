@@ -265,3 +265,11 @@ def pretrain_model(
     make = partial(make_pretraining, config.model, config.pretrain, sizes, quantiser, run.path, seed)
     state = trainer(config, run, session, progress)(f"seed{seed}/backbone", make)
     return Bundle.of(tokenizers, trained_model(config.model, sizes, state))
+
+
+def train_beside(model: ModelSetting, pretrain: PretrainSetting, run: str, seed: int, spread: Spread) -> Bundle:
+    """Another backbone on a run's tokenizers and corpus, trained in this process and kept by nobody but the caller."""
+    tokenizers = load_tokenizers(run)
+    sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
+    make = partial(make_pretraining, model, pretrain, sizes, quantiser, run, seed)
+    return Bundle.of(tokenizers, trained_model(model, sizes, fit_here(None, make, alone(spread))))

@@ -13,16 +13,22 @@ from pydantic import Field
 
 from jobs.cli import ClusterJob, Commands
 from jobs.ernie_show import show_routing
-from jobs.ernie_stages import ErnieConfig, get_corpus, get_tokenizers, held_out, make_pretraining, read, trained_model
+from jobs.ernie_stages import (
+    ErnieConfig,
+    get_corpus,
+    get_tokenizers,
+    held_out,
+    read,
+    train_beside,
+)
 from jobs.sweeps import SweepFlags, run_sweep
 from raysys.data.multimodal import Form, Multimodal, load_multimodal
 from raysys.runtime.run import Run
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import bootstrap
-from raysys.runtime.train import fit_here
 from raysys.systems.ernie import study
-from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load, load_tokenizers
+from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load
 from raysys.systems.ernie.evaluate import held_out_losses
 from raysys.systems.ernie.tasks import MEASURES, measure
 from raysys.systems.ernie.tokenizers.audio_training import report as audio_report
@@ -180,14 +186,8 @@ def shared_fields(config: ErnieConfig) -> dict[str, Any]:
 def trial(config: ErnieConfig, run: str, samples: Any, values: dict[str, Any], report: Callable[..., None]) -> None:
     """A pre-training with these values; reports held-out losses."""
     changed = config.with_values(values)
-    tokenizers = load_tokenizers(run)
-    quantiser = tokenizers.visual.quantiser.state_dict()
-
-    def make(device: str) -> Any:
-        return make_pretraining(changed.model, changed.pretrain, tokenizers.sizes, quantiser, run, changed.seed, device)
-
-    model = trained_model(changed.model, tokenizers.sizes, fit_here(None, make, changed.train))
-    found = held_out_losses(Bundle.of(tokenizers, model), ray.get(samples))
+    bundle = train_beside(changed.model, changed.pretrain, run, changed.seed, changed.train)
+    found = held_out_losses(bundle, ray.get(samples))
     report(**found, mean_log_loss=float(np.mean(np.log(list(found.values())))))
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from raysys.nn.moe import MoE, Routed, loads
 
-counts = loads
-
 
 def parameter_groups(
     module: nn.Module, *, rate: float, speed: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1

@@ -61,7 +61,7 @@ def test_the_gradient_is_the_excess_of_counted_tokens_whatever_the_loss() -> Non
     counted = torch.arange(50) % 3 > 0
     y, routed = moe(x, counted=counted, active=torch.arange(50) % 2 + 1)
     (y.sum() * 17).backward()
-    c = balance.counts(routed, E).double()
+    c = loads(routed, E).double()
     assert int(c.sum()) == int((routed.experts[counted] >= 0).sum())
     assert torch.equal(moe.bias.grad, ((c - c.mean()) * 2.0**-40).float())
 
@@ -85,7 +85,7 @@ def test_the_bias_makes_a_stationary_stream_uniform() -> None:
     moe = layer()
 
     def violation(seed: int) -> float:
-        return float(balance.max_violation(balance.counts(moe.route(stream(4000, seed)), E)))
+        return float(balance.max_violation(loads(moe.route(stream(4000, seed)), E)))
 
     before = violation(1001)
     optimizer = torch.optim.AdamW(balance.parameter_groups(moe, rate=1.0, speed=5e-3)[-1:])
@@ -98,7 +98,7 @@ def test_the_bias_makes_a_stationary_stream_uniform() -> None:
     after = violation(1002)
     assert before > 1.5
     assert after < 0.2
-    entropy = balance.normalized_entropy(balance.counts(moe.route(stream(4000, 7)), E))
+    entropy = balance.normalized_entropy(loads(moe.route(stream(4000, 7)), E))
     assert float(entropy) > 0.995
 
 

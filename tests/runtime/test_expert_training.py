@@ -14,7 +14,6 @@ from typing import Any
 import mixture_for_tests
 import pytest
 import torch
-from jobs_for_tests import Walk
 from mixture_for_tests import EXPERTS, mixture
 from pydantic import ValidationError
 from torch import Tensor
@@ -26,12 +25,6 @@ from raysys.runtime.steps import Task, train_here
 from raysys.runtime.train import TrainConfig, fit, fit_here
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.open(Walk(out=str(tmp_path), wandb=False), system="walk", command="walk") as run:
-        yield run
 
 
 @pytest.fixture

@@ -30,12 +30,6 @@ EVERY_5 = TrainConfig(checkpoint_every=5)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.open(Walk(out=str(tmp_path), wandb=False), system="walk", command="walk") as run:
-        yield run
-
-
-@pytest.fixture
 def workers(ray_cluster: Any) -> Iterator[None]:
     """Ray, whose workers get the test learners by value: they cannot import them by name."""
     import ray

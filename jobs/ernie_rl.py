@@ -32,7 +32,7 @@ from raysys.systems.ernie.rl.arms import ARMS, BASE, arm
 from raysys.systems.ernie.rl.loop import Hands, Loop
 from raysys.systems.ernie.rl.material import Material
 from raysys.systems.ernie.rl.policy import Weights, weights_of
-from raysys.systems.ernie.rl.questions import SPARE, Questions, ask
+from raysys.systems.ernie.rl.questions import SPARE, Questions, ask, turns_of
 from raysys.systems.ernie.rl.reading import Reader
 from raysys.systems.ernie.rl.rollout import InProcess, Worker
 from raysys.systems.ernie.rl.setting import RLSetting, WarmSetting
@@ -130,9 +130,9 @@ def gather(config: RLConfig, bundle: Bundle) -> Material:
     reader = Reader(bundle.text, bundle.visual, bundle.audio, form.channels)
     names = config.rl.environments
     put = partial(ask, names, options, read=reader.prompt, encode=bundle.text.encode)
-    questions = Questions(
-        names, put(split="train", seeds=range(config.rl.prompts)), put(split="test", seeds=range(config.rl.test)), 0
-    )
+    train, test = put(split="train", seeds=range(config.rl.prompts)), put(split="test", seeds=range(config.rl.test))
+    weights = config.rl.weights.model_dump()
+    questions = Questions(names, train, test, 0, turns_of([weights[name] for name in names]))
     warm = tuple(put(split="train", seeds=range(SPARE, SPARE + config.warm.samples)))
     model = bundle.model
     return Material(model.setting, model.sizes, model.mtp is not None, bundle.text.to_bytes(), options, questions, warm)
@@ -186,11 +186,12 @@ def base_arm(
         hands = InProcess(material.worker(config.rl, seed))
     torch.set_num_threads(1)
     loop = Loop(material.policy(weights), hands, material.asked(seed), config.rl)
-    with Progress(config.rl.iterations, f"reinforcement, seed {seed}", unit="iterations") as progress:
-        result = play(loop, stage, config.every, progress)
-    if rollers is not None:
-        rollers.stop()
-    return stage.finish(result)
+    try:
+        with Progress(config.rl.iterations, f"reinforcement, seed {seed}", unit="iterations") as progress:
+            return stage.finish(play(loop, stage, config.every, progress))
+    finally:
+        if rollers is not None:
+            rollers.stop()
 
 
 def play_arm(shared: Any, weights: Any, setting: RLSetting, seed: int) -> dict[str, Any]:

@@ -39,11 +39,13 @@ Planner = Callable[[Tensor], Plan]
 
 @dataclass(frozen=True)
 class Seen:
-    """Images or videos of one shape to be understood: cnn (S, T, hp, wp, C1), pixels (S, T, C, H, W), places (S n,)."""
+    """Images or videos of one shape to be understood: cnn (S, T, hp, wp, C1), pixels (S, T, C, H, W), each read once and put
+    wherever it is shown: token which (N,) of the S n goes to places (N,)."""
 
     cnn: Tensor
     pixels: Tensor
     places: Tensor
+    which: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Batch:
         if device == "cpu":
             return self
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        seen = tuple(Seen(*(t.to(device) for t in (s.cnn, s.pixels, s.places))) for s in self.seen)
+        seen = tuple(Seen(*(t.to(device) for t in (s.cnn, s.pixels, s.places, s.which))) for s in self.seen)
         return replace(self, seen=seen, **moved)
 
 
@@ -206,17 +208,23 @@ def _audio(
 
 
 def _seen(laid: Sequence[Laid], start: np.ndarray) -> tuple[Seen, ...]:
-    found: dict[tuple[int, ...], list[tuple[int, Look]]] = {}
+    found: dict[tuple[int, ...], dict[int, tuple[Look, list[int]]]] = {}
     for i, one in enumerate(laid):
         looks = [s for s in one.sample.segments if isinstance(s, Look)]
         for first, look in zip(one.look_start, looks, strict=True):
-            found.setdefault(look.cnn.shape, []).append((int(start[i]) + first, look))
+            of_shape = found.setdefault(look.cnn.shape, {})
+            of_shape.setdefault(id(look), (look, []))[1].append(int(start[i]) + first)
     made = []
     for shape, members in found.items():
         n = shape[0] // window(shape[0]) * (shape[1] // 2) * (shape[2] // 2)
-        places = torch.cat([torch.arange(first, first + n) for first, _ in members])
-        cnn, pixels = (
-            torch.from_numpy(np.stack([getattr(look, name) for _, look in members])) for name in ("cnn", "pixels")
+        shown = [(number, first) for number, (_, firsts) in enumerate(members.values()) for first in firsts]
+        places, which = (
+            torch.cat([torch.arange(at, at + n) for at in ats])
+            for ats in ([first for _, first in shown], [n * number for number, _ in shown])
         )
-        made.append(Seen(cnn.float().clone(), pixels.float().clone(), places))
+        cnn, pixels = (
+            torch.from_numpy(np.stack([getattr(look, name) for look, _ in members.values()]))
+            for name in ("cnn", "pixels")
+        )
+        made.append(Seen(cnn.float().clone(), pixels.float().clone(), places, which))
     return tuple(made)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysys.systems.ernie.batch import Batch, pack
+from raysys.systems.ernie.batch import Batch, first_fit, pack
 from raysys.systems.ernie.elastic import SubModel
 from raysys.systems.ernie.flow import no_vision
 from raysys.systems.ernie.model import Outputs, UniModel
@@ -67,7 +67,7 @@ def write(
     ids, logp = [list[int]() for _ in prompts], [list[float]() for _ in prompts]
     ended = [False] * len(prompts)
     read = [list[NDArray[np.int16]]() for _ in prompts] if routes else None
-    for rows, token, value, out, valid in steps:
+    for rows, token, value, out, valid, seen in steps:
         if told is not None:
             told(rows, token)
         for row, t, v in zip(rows.tolist(), token.tolist(), value.tolist(), strict=True):
@@ -77,27 +77,29 @@ def write(
             else:
                 ids[row].append(t)
         if read is not None:
-            for row, more in zip(rows.tolist(), _routes(out, valid), strict=True):
-                read[row].append(more)
-    every = None if read is None else [np.concatenate(one) for one in read]
-    return Written([np.array(one, np.int64) for one in ids], [np.array(one, np.float32) for one in logp], ended, every)
+            every = _routes(out, valid)
+            for row, place in zip(rows.tolist(), seen.tolist(), strict=True):
+                read[row].append(every[place])
+    found = None if read is None else [np.concatenate(one) for one in read]
+    return Written([np.array(one, np.int64) for one in ids], [np.array(one, np.float32) for one in logp], ended, found)
 
 
 def _routes(out: Outputs, valid: Tensor) -> list[NDArray[np.int16]]:
-    """Experts (n, L, k) of each row's places (R, T)."""
+    """Experts (n, L, k) of the places (q, T) of each row of `out`."""
     every = torch.stack([told.experts for _, told in out.routed], 1).to(torch.int16).cpu().numpy()  # (N, L, k)
     return np.split(every, np.cumsum(valid.sum(1).cpu().numpy())[:-1])
 
 
-def answer_batch(model: UniModel, prompts: Sequence[Sample], answers: Sequence[I64]) -> Batch:
-    """Prompts with their answers, each in a row of its own; an answer ends with <eos>, or goes on."""
+def answer_batch(model: UniModel, prompts: Sequence[Sample], answers: Sequence[I64]) -> tuple[Batch, list[int]]:
+    """Prompts with their answers, packed; and in which order the answers lie there. One ends with <eos>, or goes on."""
     laid = []
     for prompt, answer in zip(prompts, answers, strict=True):
         closed = bool(len(answer)) and int(answer[-1]) == Special.EOS
         text = Text(answer[:-1] if closed else answer, True, closed)
         laid.append(lay(Sample(prompt.task, (*prompt.segments, text)), model.sizes.scales))
-    s = model.sizes
-    return pack(laid, None, no_vision, s.bits, s.levels, s.codes)
+    s, lengths = model.sizes, [len(one) for one in laid]
+    order = [i for members in first_fit(lengths, max(lengths)) for i in members]
+    return pack(laid, max(lengths), no_vision, s.bits, s.levels, s.codes), order
 
 
 def answer_logp(
@@ -116,19 +118,20 @@ def answer_logp(
     Returns:
         (R, n) log-probabilities, 0 where there is no token; (R, n) bool, where there is one; (R, n) entropies.
     """
-    batch = answer_batch(model, prompts, answers).to(str(model.embed_text.weight.device))
+    batch, order = answer_batch(model, prompts, answers)
+    batch = batch.to(str(model.embed_text.weight.device))
     replay = None
     if routes is not None:
-        every = torch.from_numpy(np.concatenate(routes).astype(np.int64)).to(batch.ids.device)
+        every = torch.from_numpy(np.concatenate([routes[i] for i in order]).astype(np.int64)).to(batch.ids.device)
         replay = list(every.unbind(1))
     spread = (model(batch, replay=replay).text.float() / temperature).log_softmax(-1)
-    wanted = batch.next >= 0
-    drawn = spread.gather(1, batch.next[wanted][:, None]).squeeze(1)
+    drawn = spread.gather(1, batch.next[batch.next >= 0][:, None]).squeeze(1)
     entropy = -(spread.exp() * spread).sum(-1)
-    count = wanted.sum(1)
-    mask = torch.arange(int(count.max()), device=count.device) < count[:, None]
-    empty = torch.zeros(mask.shape, device=count.device)
-    return empty.masked_scatter(mask, drawn), mask, empty.masked_scatter(mask, entropy.detach())
+    row = torch.tensor([i for i in order for _ in answers[i]], device=drawn.device)
+    column = torch.tensor([j for i in order for j in range(len(answers[i]))], device=drawn.device)
+    empty = drawn.new_zeros(len(answers), max(map(len, answers)))
+    mask = empty.bool().index_put((row, column), torch.ones_like(row, dtype=torch.bool))
+    return empty.index_put((row, column), drawn), mask, empty.index_put((row, column), entropy.detach())
 
 
 @torch.no_grad()

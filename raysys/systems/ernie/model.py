@@ -175,7 +175,7 @@ class UniModel(nn.Module):
         x = torch.where((batch.kind == Kind.TEXT).reshape(-1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))
         x = x.index_add(0, batch.visual_at, (self.embed_bits(batch.visual) + self.embed_scale(batch.scale)).to(x.dtype))
         for seen in batch.seen:
-            x = x.index_add(0, seen.places, self.look(seen.cnn, seen.pixels).flatten(0, 1).to(x.dtype))
+            x = x.index_add(0, seen.places, self.look(seen.cnn, seen.pixels).flatten(0, 1)[seen.which].to(x.dtype))
         if len(batch.audio_at):
             levels = torch.arange(self.levels, device=x.device)
             x = x.index_add(0, batch.audio_at, self.embed_codes[levels, batch.codes].sum(1).to(x.dtype))

@@ -39,7 +39,9 @@ class Token(NamedTuple):
     out: Outputs
     """What was computed for it: first of the prompts, then of the token before."""
     valid: Tensor
-    """(r, n) bool, the places that `out` is of."""
+    """(q, n) bool, the places that `out` is of."""
+    read: Tensor
+    """(r,) which of the q rows of `out` each was drawn from."""
 
 
 class Scale(NamedTuple):
@@ -77,7 +79,7 @@ def text_steps(
     begun: Sequence[I64] | None = None,
     opened: Special | None = Special.SEP,
 ) -> Generator[Token, Gone, None]:
-    """Continue prompts by text, each until <eos> or its limit.
+    """Continue prompts by text, each until <eos> or its limit. Rows of the same prompt (the same object) read it together, once.
 
     Args:
         limits: most tokens of each row, <eos> counted.
@@ -85,16 +87,25 @@ def text_steps(
         begun: first tokens (n,) of each answer, which are given.
         opened: what says that an answer comes; None goes on with the prompt's own text.
     """
-    flow = Flow(model, prompts, opened, max(limits), sub, begun=begun)
+    keys = [(id(one), b"" if begun is None else begun[i].tobytes()) for i, one in enumerate(prompts)]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    alone = sorted(first.values())
+    flow = Flow(
+        model, [prompts[i] for i in alone], opened, max(limits), sub,
+        begun=None if begun is None else [begun[i] for i in alone],
+    )  # fmt: skip
     draws = draws.to(flow.device)
     most = torch.tensor(limits, device=flow.device)
     asked = torch.full_like(flow.prompt.next, NONE)
     asked.view(-1)[flow.last] = 0
     out, valid = flow.start(next=asked), flow.prompt.valid
-    rows = torch.arange(flow.rows, device=flow.device)
+    rows = torch.arange(len(prompts), device=flow.device)
+    read = torch.tensor([alone.index(first[key]) for key in keys], device=flow.device)
+    if len(alone) < len(prompts):
+        flow.pick(read)
     for i in range(max(limits)):
-        token, value = pick(out.text, temperature, draws[rows, i])
-        gone = yield Token(rows, token, value, out, valid)
+        token, value = pick(out.text[read], temperature, draws[rows, i])
+        gone = yield Token(rows, token, value, out, valid, read)
         on = (token != Special.EOS) & (most[rows] > i + 1)
         if gone:
             on &= ~torch.isin(rows, torch.tensor(sorted(gone), device=flow.device))
@@ -105,6 +116,7 @@ def text_steps(
             rows, token = rows[going], token[going]
             flow.pick(going)
         out, valid = flow.text(token), torch.ones_like(token, dtype=torch.bool)[:, None]
+        read = torch.arange(len(rows), device=flow.device)
 
 
 def frame_steps(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raysys.systems.ernie.generate import Written
-from raysys.systems.ernie.rl.questions import Asked, Questions
+from raysys.systems.ernie.rl.questions import Asked, Questions, turns_of
 from raysys.systems.ernie.rl.rollout import InProcess, Worker
 from raysys.systems.ernie.rl.setting import RLSetting
 from raysys.systems.ernie.steps import pick
@@ -92,7 +92,7 @@ def questions(each: int = 4, seed: int = 0) -> Questions:
     trace = np.array([3, 4, 5])
     train = [Asked(n, "train", i, e * each + i, trace) for e, n in enumerate(NAMES) for i in range(each)]
     test = [Asked(n, "test", i, e * each + i, trace) for e, n in enumerate(NAMES) for i in range(each)]
-    return Questions(NAMES, train, test, seed)
+    return Questions(NAMES, train, test, seed, turns_of([1] * len(NAMES)))
 
 
 def setting(**values: Any) -> RLSetting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -185,3 +187,36 @@ def test_steps_can_be_stopped_row_by_row_and_each_row_has_its_own_limit():
                 found[row].append(id)
             gone = {2} if len(found[2]) == 2 else None
     assert found == [alone[0], alone[1][:3], alone[2][:2], alone[3][:5]]
+
+
+@pytest.mark.parametrize("hinted", [False, True])
+def test_answers_of_one_prompt_read_it_once_and_are_those_of_copies(hinted):
+    """A group's prompt is read once, and its images are looked at once: the same tokens, experts and log-probabilities."""
+    model, own = small_model(), prompts()
+    given = [own[i] for i in (0, 2, 0, 1, 0, 2)]
+    begun = [np.array([7, 8][: i % 3], np.int64) for i in range(len(given))] if hinted else None
+    written = [
+        write(model, each, limit=6, temperature=1.0, generator=generator(3), routes=True, begun=begun)
+        for each in (given, deepcopy_each(given))
+    ]
+    for a, b in zip(written[0].ids, written[1].ids, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("logp", "routes"):
+        for a, b in zip(getattr(written[0], name), getattr(written[1], name), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    answers = [
+        np.concatenate([[] if begun is None else begun[i], ids, [int(Special.EOS)]]).astype(np.int64)
+        for i, ids in enumerate(written[0].ids)
+    ]
+    with torch.no_grad():
+        logp, mask, entropy = answer_logp(model, given, answers)
+        for row, (prompt, answer) in enumerate(zip(given, answers, strict=True)):
+            alone, _, spread = answer_logp(model, [prompt], [answer])
+            assert mask[row].sum() == len(answer)
+            assert not logp[row, len(answer) :].any()
+            torch.testing.assert_close(logp[row, : len(answer)], alone[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(entropy[row, : len(answer)], spread[0], atol=1e-5, rtol=1e-5)
+
+
+def deepcopy_each(given):
+    return [deepcopy(one) for one in given]

@@ -1,12 +1,16 @@
 """The loop on a tabular policy: exact log-probabilities, schedules, resumption, hints, and that it learns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from policies_for_tests import Tabular, decode, in_process, questions, setting
 
+from raysys.systems.ernie.rl import objective
 from raysys.systems.ernie.rl.loop import Loop
 from raysys.systems.ernie.rl.policy import mismatched
+from raysys.systems.ernie.rl.questions import turns_of
 from raysys.systems.ernie.rl.rollout import Call, InProcess, Worker, start
 
 BUFFER = {"batch": 4, "group": 4, "depth": 2, "calls": 2}
@@ -136,6 +140,50 @@ def test_equal_rewards_move_nothing():
     assert dynamic.iterate()["informative"] == 0
 
 
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_answers_without_gradient_are_counted_and_not_computed(monkeypatch, average):
+    """The gradient of one step against the objective over all answers, whose queries of equal rewards have advantage 0."""
+    one = loop(
+        setting(iterations=12, minibatches=1, clip=1e9, buffer={**BUFFER, "depth": 1}, objective={"average": average})
+    )
+    logits, seen = one.updater.policy.module.logits, 0
+    for _ in range(12):
+        start_from = logits.detach().clone()
+        (queries,) = drawn_batches(monkeypatch, one, 1)
+        monkeypatch.undo()
+        rewards = torch.tensor([[a.reward for a in query.answers] for query in queries])
+        plain = (rewards == rewards[:, :1]).all(1)
+        seen += bool(plain.any() and not plain.all())
+        with torch.no_grad():
+            after = logits.clone()
+            logits.copy_(start_from)
+        computed, logits.grad = logits.grad, None
+        answers = [a for query in queries for a in query.answers]
+        new, mask, entropy = one.updater.policy.answer_logp(
+            [query.asked.prompt for query in queries for _ in query.answers], [a.ids for a in answers], temperature=1.0,
+            routes=None,
+        )  # fmt: skip
+        infer = torch.zeros(mask.shape)
+        for row, a in enumerate(answers):
+            infer[row, : len(a.ids)] = torch.from_numpy(a.logp)
+        judged = objective.Judged(
+            new,
+            new.detach(),
+            infer,
+            mask,
+            objective.group_advantages(rewards.flatten(), 4),
+            entropy,
+            rewards.mean(1).repeat_interleave(4),
+        )
+        objective.loss(one.setting.objective, judged)[0].backward()
+        if not plain.all():
+            torch.testing.assert_close(computed, logits.grad, rtol=1e-5, atol=1e-8)
+        logits.grad = None
+        with torch.no_grad():
+            logits.copy_(after)
+    assert seen > 2  # batches of both kinds
+
+
 class Capricious:
     """A judge who likes some answers and not others, whatever they begin with."""
 
@@ -190,3 +238,19 @@ def test_router_noise_touches_routers_only_and_is_drawn_anew_for_each_version():
     assert np.array_equal(one["a.router"], mismatched(weights, "router", 0.5, 0, 1)["a.router"])
     third = np.float32(1) / 3
     assert mismatched({"x": np.array([third])}, "bf16", 0, 0, 0)["x"][0] == float(torch.tensor(third).bfloat16())
+
+
+def test_environments_take_turns_by_their_weights_and_each_asks_its_own_questions_in_seeded_epochs():
+    assert turns_of((1, 1, 1)) == (0, 1, 2)
+    assert turns_of((2, 1, 1)) == (0, 1, 2, 0)
+    assert sorted(turns_of((6, 1, 3, 3))) == [0] * 6 + [1] + [2] * 3 + [3] * 3
+    two = questions()
+    weighted = replace(two, turns=turns_of((3, 1)))
+    each = len(two.train) // 2
+    asked = [weighted.of_query(q) for q in range(4 * each)]
+    first = [q for q in asked if q < each]
+    assert sorted(first[:each]) == list(range(each))  # an epoch of the environment with three turns of four
+    assert len(first) == 3 * each
+    assert sorted(q for q in asked if q >= each) == list(range(each, 2 * each))
+    alone = [q for q in (two.of_query(i) for i in range(2 * each)) if q < each]
+    assert first[:each] == alone  # the order is the environment's own, whatever the others' turns

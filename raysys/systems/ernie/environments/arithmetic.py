@@ -1,7 +1,7 @@
 """`Arithmetic-v0`: a sum in text, "3+8+5=", to be answered "11 16": the running sums, the last of which counts.
 
-Held out is one sum of five, by a hash of its numbers in order of size: no held-out sum is ever asked in training, nor the same
-numbers the other way round.
+Held out is one sum of five, by a hash of its numbers, the first two in order of size: no held-out sum is ever asked in training,
+nor the one with its first two numbers exchanged, which has the same running sums.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Arithmetic(SingleTurn):
 
     def __init__(self, split: Split = "train", terms: int = 2, below: int = 10, render_mode: str | None = None) -> None:
         super().__init__(split, render_mode)
-        if terms < 2 or below < 4:
+        if terms < 2 or below < 2:
             raise ValueError(f"arithmetic: got {terms} terms below {below}; expected 2 or more terms below 4 or more")
         self.terms, self.below = terms, below
         self.observation_space = spaces.Text(
@@ -48,4 +48,4 @@ class Arithmetic(SingleTurn):
 
 def held_out(terms: Sequence[int]) -> bool:
     """Whether the sum of these numbers is one of the test split."""
-    return crc32("+".join(map(str, sorted(terms))).encode()) % EVERY == 0
+    return crc32("+".join(map(str, [*sorted(terms[:2]), *terms[2:]])).encode()) % EVERY == 0

@@ -1,8 +1,8 @@
 """Questions of the environments, in a fixed order: what is asked in which iteration, and who judges the answers.
 
 Notable choices
-- Queries alternate between the environments, so every batch and minibatch is a mixture (unified RL [P]). Each environment's own
-  questions come in seeded orders, one for each epoch.
+- Queries alternate between the environments, in turns, so every batch and minibatch is a mixture (unified RL [P]). Each
+  environment's own questions come in seeded orders, one for each epoch.
 - A question is known by (environment, seed, split): the judge asks the environment again, and no answer key travels with it.
 """
 
@@ -47,14 +47,28 @@ class Questions:
     train: Sequence[Asked]
     test: Sequence[Asked]
     seed: int
+    turns: tuple[int, ...]
+    """Environments in the order in which they take turns (`turns_of`)."""
 
     def of_query(self, query: int) -> int:
         """Which training question the query-th query asks."""
-        count, each = len(self.names), len(self.train) // len(self.names)
-        environment, place = query % count, query // count
+        each = len(self.train) // len(self.names)
+        environment, place = turn_at(self.turns, query)
         epoch, place = divmod(place, each)
         order = Seeds(self.seed).rng(Stream.SHUFFLE, environment, epoch).permutation(each)
         return environment * each + int(order[place])
+
+
+def turns_of(weights: Sequence[int]) -> tuple[int, ...]:
+    """A round in which environment e has weights[e] turns, as evenly spread as they can be: (2, 1, 1) gives 0 1 2 0."""
+    return tuple(e for _, e in sorted(((i + 0.5) / w, e) for e, w in enumerate(weights) for i in range(w)))
+
+
+def turn_at(turns: tuple[int, ...], position: int) -> tuple[int, int]:
+    """Whose turn a position of the endless sequence of rounds is, and how many turns it has had before."""
+    round, turn = divmod(position, len(turns))
+    environment = turns[turn]
+    return environment, round * turns.count(environment) + turns[:turn].count(environment)
 
 
 Read = Callable[[str, Any], Any]

@@ -88,7 +88,7 @@ class DifficultySetting(Config):
 
     terms: int = Field(2, ge=2, le=8)
     """Arithmetic: numbers to add."""
-    below: int = Field(20, ge=4, le=1000)
+    below: int = Field(20, ge=2, le=1000)
     """Arithmetic: numbers are smaller than this."""
     kinds: int = Field(0, ge=0, le=10)
     """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""
@@ -109,11 +109,26 @@ class DifficultySetting(Config):
         }
 
 
+class WeightSetting(Config):
+    """Turns of each environment in a round of questions."""
+
+    arithmetic: int = Field(1, ge=1)
+    """Sums."""
+    count: int = Field(1, ge=1)
+    """Digits in an image."""
+    tones: int = Field(1, ge=1)
+    """Tones."""
+    nextframe: int = Field(1, ge=1)
+    """Next frames."""
+
+
 class RLSetting(Config):
     """Reinforcement learning on all environments at once."""
 
     environments: tuple[Name, ...] = NAMES
     """Which environments are mixed; queries alternate between them."""
+    weights: WeightSetting = WeightSetting()
+    """Turns of the environments: sums are the hardest to hold on to while the others are learned (INFERRED)."""
     iterations: int = Field(40, ge=1)
     """Training iterations."""
     prompts: int = Field(64, ge=1)
@@ -125,7 +140,7 @@ class RLSetting(Config):
     minibatches: int = Field(2, ge=1)
     """Optimizer steps of an iteration, on disjoint parts of its queries: from the second on, pi_new differs from pi_old."""
     lr: float = Field(2e-4, gt=0)
-    """Step size of AdamW, constant after `warmup`."""
+    """Step size of AdamW; it rises over `warmup` and falls linearly to nothing at the end (INFERRED)."""
     warmup: int = Field(3, ge=0)
     """Iterations of linear warm-up."""
     clip: float = Field(1.0, gt=0)
@@ -157,19 +172,6 @@ class RLSetting(Config):
         return self
 
 
-class WeightSetting(Config):
-    """Turns of each environment in the warm start: what is harder gets more (INFERRED)."""
-
-    arithmetic: int = Field(4, ge=1)
-    """Sums."""
-    count: int = Field(1, ge=1)
-    """Digits in an image."""
-    tones: int = Field(1, ge=1)
-    """Tones."""
-    nextframe: int = Field(3, ge=1)
-    """Next frames."""
-
-
 class WarmSetting(Config):
     """Supervised warm start on the environments' own format."""
 
@@ -181,8 +183,8 @@ class WarmSetting(Config):
     """Instances of a step."""
     blocks: int = Field(2, ge=1)
     """Parts that a step is cut into: the number of training workers must divide it."""
-    weights: WeightSetting = WeightSetting()
-    """Turns of the environments."""
+    weights: WeightSetting = WeightSetting(arithmetic=6, tones=3, nextframe=3)
+    """Turns of the environments: what is harder gets more (INFERRED)."""
     lr: float = Field(1e-3, gt=0)
     """Peak step size; warm-up over a tenth of the steps, then cosine."""
 

@@ -3,7 +3,9 @@
 Shapes: B = BS G answers, n tokens of the longest.
 
 Notable choices
-- pi_old is computed before the first step, with the batches of the steps themselves; so in the first step the ratio is exactly 1.
+- pi_old is computed before the first step, with the batches of the steps themselves; in the first step it is pi_new itself.
+- Answers of a query whose rewards are all equal have advantage 0, hence no gradient. They are counted in the average (unless it
+  is DAPO's), and not computed; measurements such as the entropy are of the others. A minibatch without others makes no step.
 - Minibatches are whole queries, dealt round the environments' alternation: each is a mixture.
 """
 
@@ -51,21 +53,24 @@ class Updater:
         rewards = torch.from_numpy(right([query.answers for query in queries]))
         advantage = objective.group_advantages(rewards.flatten(), rewards.shape[1], s.objective.scale).view_as(rewards)
         informative = objective.informative(rewards.flatten(), rewards.shape[1]).view_as(rewards)[:, 0]
-        kept = informative if s.objective.dynamic else torch.ones_like(informative)
-        parts = np.array_split(np.arange(len(queries)), s.minibatches)
-        parts = [part[kept.numpy()[part]] for part in parts]
-        batches = [
-            _Rows([queries[i] for i in part], advantage[torch.from_numpy(part)], s) for part in parts if len(part)
-        ]
+        batches = []
+        for part in np.array_split(np.arange(len(queries)), s.minibatches):
+            kept = part[informative.numpy()[part]]
+            if len(kept):
+                rows = _Rows([queries[i] for i in kept], advantage[torch.from_numpy(kept)], s)
+                batches.append(rows)
+                if not s.objective.dynamic:
+                    rows.share = _counted(queries, kept, s) / _counted(queries, part, s)
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * min(1.0, (iteration + 1) / (s.warmup + 1))
+            group["lr"] = s.lr * min(1.0, (iteration + 1) / (s.warmup + 1)) * (1 - iteration / s.iterations)
         with torch.no_grad():
-            for rows in batches if len(batches) > 1 else []:
+            for rows in batches[1:]:
                 rows.old = self._logp(rows)[0]
         told = [self._step(rows) for rows in batches]
         names = told[0] if told else {}
         return {
             "informative": float(informative.double().mean()),
+            "gradient": 0.0,
             **{k: float(np.mean([t[k] for t in told])) for k in names},
         }
 
@@ -83,6 +88,7 @@ class Updater:
         old = new.detach() if rows.old is None else rows.old
         judged = objective.Judged(new, old, rows.infer, rows.mask, rows.advantage, entropy, rows.rate)
         value, metrics = objective.loss(self.setting.objective, judged)
+        value = value * rows.share
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.setting.clip)
@@ -127,3 +133,11 @@ class _Rows:
                 raise ValueError("replay_routes: the rollout engine has recorded no routes")
             self.routes = [route for route in routes if route is not None]
         self.old: Tensor | None = None
+        self.share = 1.0
+        """Of the average that is over these answers and those that have no gradient."""
+
+
+def _counted(queries: Sequence[Trained], which: NDArray[np.int64], setting: RLSetting) -> int:
+    """What the objective's average divides by: answers, or tokens."""
+    answers = [one for i in which for one in queries[i].answers]
+    return len(answers) if setting.objective.average == "sequence" else sum(one.drawn for one in answers)

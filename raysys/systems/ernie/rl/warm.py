@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.ernie.rl.policy import Policy
-from raysys.systems.ernie.rl.questions import Asked
+from raysys.systems.ernie.rl.questions import Asked, turn_at, turns_of
 from raysys.systems.ernie.rl.setting import WarmSetting
 from raysys.systems.ernie.stream import Special
 
@@ -29,7 +29,7 @@ class WarmStart:
         for one in asked:
             self.asked.setdefault(one.name, []).append(one)
         weights = setting.weights.model_dump()
-        self.turns = [name for name in self.asked for _ in range(weights[name])]
+        self.turns = turns_of([weights[name] for name in self.asked])
         self.steps, self.blocks = setting.steps, setting.blocks
         self._told: dict[str, float] = {}
 
@@ -53,12 +53,10 @@ class WarmStart:
 
     def _at(self, position: int) -> Asked:
         """The question at a position of the endless sequence; each environment goes through its own in seeded orders."""
-        round, turn = divmod(position, len(self.turns))
-        name = self.turns[turn]
-        place = round * self.turns.count(name) + self.turns[:turn].count(name)
-        epoch, place = divmod(place, len(self.asked[name]))
-        order = self.seeds.rng(Stream.BATCH, list(self.asked).index(name), epoch).permutation(len(self.asked[name]))
-        return self.asked[name][int(order[place])]
+        environment, place = turn_at(self.turns, position)
+        own = list(self.asked.values())[environment]
+        epoch, place = divmod(place, len(own))
+        return own[int(self.seeds.rng(Stream.BATCH, environment, epoch).permutation(len(own))[place])]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up over a tenth of the steps, then a half cosine to zero."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     save(Storage(folder), Bundle.of(tokenizers, UniModel(setting, tokenizers.sizes).eval()))
     return str(folder)
+
+
+@pytest.mark.parametrize("name", ["width", "layers", "experts", "expert_width", "shared_width"])
+def test_a_description_that_asks_for_more_than_the_file_holds_is_refused_before_memory_is(
+    made: str, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    file = tmp_path / "run" / FOLDER / "ernie.json"
+    told = json.loads(file.read_text())
+    told["model"][name] = 10**9
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"does not fit its ernie\.json"):
+        load(str(tmp_path / "run"))
 
 
 def ran(made: str, out: Any, session: Session, **values: Any) -> tuple[bytes, dict[str, Any], str]:

@@ -167,10 +167,16 @@ def load(run: str, device: str = "cpu") -> Bundle:
     if told.model is None:
         raise UserError(f"run: got {run}, which holds tokenizers but no model; expected a run of pretrain")
     tokenizers = load_tokenizers(run)
-    model = UniModel(told.model, tokenizers.sizes)
+    data = _read(Storage(run), told, "model.safetensors")
+    m = told.model
+    layer = 3 * (m.experts * m.expert_width + m.shared_width) + 4 * m.width
+    least = 2 * m.width * (m.layers * layer + tokenizers.sizes.vocabulary)
+    if least > len(data):  # checked first: a description can ask for more than memory holds
+        raise UserError(f"run: {FOLDER}/model.safetensors of {run} does not fit its ernie.json: got {len(data)} bytes")
+    model = UniModel(m, tokenizers.sizes)
     if not told.multi_token:
         model.mtp = None
-    _fill(model, _read(Storage(run), told, "model.safetensors"), "model.safetensors")
+    _fill(model, data, "model.safetensors")
     return Bundle.of(tokenizers, model.to(device).eval().requires_grad_(False))
 
 

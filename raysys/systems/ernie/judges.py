@@ -4,9 +4,8 @@ Notable choices
 - Digits are judged by a support vector machine trained on real training digits, cut out around the centre of their mass, so it
   reads them anywhere on a canvas. Place and direction are where that centre is and how it moves.
 - Tones are judged by the track of the strongest frequency. Nothing of it is learned.
-- Spoken digits are judged by a support vector machine on the pooled log-spectrum of training recordings.
-- Every judge errs: `ceiling` gives its agreement with the truth on originals and on what a tokenizer makes of them, which is the
-  most that a generated one can be expected to reach.
+- Every judge errs: its agreement with the truth on what a tokenizer makes of originals (`tasks.ceilings`) is the most that a
+  generated one can be expected to reach.
 
 Facts are named strings, as items of `raysys.data.multimodal` have them.
 """
@@ -20,7 +19,6 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from raysys.data.multimodal import Item
 from raysys.data.multimodal_embedded import DIRECTIONS, NAMES, PLACES, REGISTERS, SHAPES, SIDE, chosen, digits
 
 F32 = NDArray[np.float32]
@@ -103,43 +101,6 @@ class ToneJudge:
         ]
 
 
-class SpokenJudge:
-    """Which digit is spoken, learned from training items with the fact digit."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-        from sklearn.svm import SVC
-
-        found = [(item.wave, item.facts["digit"]) for item in items if item.wave is not None and "digit" in item.facts]
-        if len({digit for _, digit in found}) < 2:
-            raise ValueError("a judge of spoken digits needs training sounds of two or more digits")
-        self._model = make_pipeline(StandardScaler(), SVC(C=10.0))
-        self._model.fit(self._look(np.stack([wave for wave, _ in found])), [digit for _, digit in found])
-
-    def __call__(self, waves: F32) -> list[Facts]:
-        """Fact digit."""
-        return [{"digit": str(digit)} for digit in self._model.predict(self._look(waves))] if len(waves) else []
-
-    @staticmethod
-    def _look(waves: F32, times: int = 12, bands: int = 20) -> NDArray[np.float64]:
-        """The log-spectrum from where the sound begins to where it ends, pooled to a grid, its loudness taken out."""
-        made = []
-        for wave in waves:
-            loud = np.abs(wave) > 0.1 * max(1e-6, float(np.abs(wave).max()))
-            first, last = int(loud.argmax()), len(wave) - int(loud[::-1].argmax())
-            part = wave[first : max(last, first + 512)]
-            part = np.pad(part, (0, max(0, 512 - len(part))))
-            starts = np.linspace(0, len(part) - 256, times).astype(int)
-            frames = np.stack([part[s : s + 256] for s in starts])
-            power = np.abs(np.fft.rfft(frames * np.hanning(256)))[:, 1:]
-            edges = np.unique(np.round(128 * np.linspace(0, 1, bands + 1) ** 1.5).astype(int))
-            grid = np.add.reduceat(power, edges[:-1], 1) / np.diff(edges)
-            grid = np.log(0.03 * max(1e-6, float(grid.max())) + grid)  # what lies 30 dB below the loudest is silence
-            made.append((grid - grid.mean()).ravel())
-        return np.stack(made)
-
-
 @cache
 def digit_judge() -> DigitJudge:
     """The judge of digits, trained once in a process (a tenth of a second)."""
@@ -174,26 +135,6 @@ def agreement(told: Sequence[Mapping[str, str]], truth: Sequence[Mapping[str, st
         )
         for name in names
     }
-
-
-def exactness(written: Sequence[str], expected: Sequence[str]) -> float:
-    """The share of texts that are the expected ones, but for spaces around them."""
-    if len(written) != len(expected) or not expected:
-        raise ValueError(
-            f"got {len(written)} texts for {len(expected)} expected ones; expected as many, and at least one"
-        )
-    return float(np.mean([a.strip() == b.strip() for a, b in zip(written, expected, strict=True)]))
-
-
-def ceiling(
-    judge: Judge, original: F32, rebuilt: F32, truth: Sequence[Mapping[str, str]]
-) -> dict[str, tuple[float, float]]:
-    """For each fact that the judge tells, its agreement with the truth on originals and on rebuilt ones."""
-    first, second = judge(original), judge(rebuilt)
-    known = {name for facts in first for name in facts}
-    truth = [{name: value for name, value in facts.items() if name in known} for facts in truth]
-    a, b = agreement(first, truth), agreement(second, truth)
-    return {name: (a[name], b[name]) for name in a}
 
 
 def _ink(frames: F32) -> F32:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoken_for_tests import SpokenJudge, ceiling
 from torch import Tensor
 
 from raysys.data.multimodal import Form, load_multimodal
-from raysys.systems.ernie.judges import SpokenJudge, ToneJudge, ceiling
+from raysys.systems.ernie.judges import ToneJudge
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
 from raysys.systems.ernie.tokenizers.audio_training import AudioLearner, report
 from raysys.systems.ernie.tokenizers.lapped import Lapped

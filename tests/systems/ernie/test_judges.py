@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoken_for_tests import SpokenJudge, ceiling
 
 from raysys.data.multimodal import Form, load_multimodal
 from raysys.systems.ernie.judges import (
-    SpokenJudge,
     ToneJudge,
     agreement,
-    ceiling,
     digit_judge,
-    exactness,
     facts_of,
 )
 
@@ -107,12 +105,6 @@ def test_ceilings_are_of_originals_and_of_what_is_left_of_them() -> None:
     told = ceiling(digit_judge(), shown, np.zeros_like(shown), truth)
     assert told["place"][0] == 1
     assert told["place"][1] < 0.5
-
-
-def test_texts_are_exact_or_not() -> None:
-    assert exactness(["a ", "b", "c"], ["a", "b", "d"]) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="as many"):
-        exactness(["a"], [])
 
 
 def test_wrong_shapes_are_refused() -> None:

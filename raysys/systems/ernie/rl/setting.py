@@ -58,7 +58,7 @@ class ObjectiveSetting(Config):
 class BufferSetting(Config):
     """The unbiased replay buffer U-RB."""
 
-    batch: int = Field(8, ge=1)
+    batch: int = Field(80, ge=1)
     """Queries BS of an iteration, the capacity of the training pool [P]."""
     group: int = Field(8, ge=2)
     """Answers G of a query [P: GRPO]."""
@@ -66,7 +66,7 @@ class BufferSetting(Config):
     """N: the inference pool holds BS N queries [P]. 1 is synchronous: nothing is begun before its own iteration."""
     slots: int = Field(0, ge=0)
     """Queries that are answered at the same time at most; 0 means BS (N + 1) / 2, so that some of the pool wait (INFERRED)."""
-    calls: int = Field(4, ge=1)
+    calls: int = Field(16, ge=1)
     """Queries of one call to a rollout actor. It touches the numbers (how rows are batched), the number of actors does not."""
 
 
@@ -86,13 +86,13 @@ class HintSetting(Config):
 class DifficultySetting(Config):
     """How hard the environments' questions are."""
 
-    terms: int = Field(2, ge=2, le=8)
+    terms: int = Field(5, ge=2, le=8)
     """Arithmetic: numbers to add."""
-    below: int = Field(20, ge=2, le=1000)
+    below: int = Field(4, ge=2, le=1000)
     """Arithmetic: numbers are smaller than this."""
     kinds: int = Field(0, ge=0, le=10)
     """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""
-    tones: int = Field(2, ge=1, le=8)
+    tones: int = Field(3, ge=1, le=8)
     """Tones: how many follow each other."""
     candidates: int = Field(2, ge=2, le=4)
     """Next frame: to choose from."""
@@ -127,13 +127,13 @@ class RLSetting(Config):
 
     environments: tuple[Name, ...] = NAMES
     """Which environments are mixed; queries alternate between them."""
-    weights: WeightSetting = WeightSetting()
+    weights: WeightSetting = WeightSetting(arithmetic=2)
     """Turns of the environments: sums are the hardest to hold on to while the others are learned (INFERRED)."""
-    iterations: int = Field(40, ge=1)
+    iterations: int = Field(70, ge=1)
     """Training iterations."""
-    prompts: int = Field(64, ge=1)
+    prompts: int = Field(1000, ge=1)
     """Training queries of each environment; they come again, in another order, when all were used."""
-    limit: int = Field(12, ge=1, le=256)
+    limit: int = Field(16, ge=1, le=256)
     """Tokens of an answer at most, <eos> included."""
     temperature: float = Field(1.0, ge=1e-3)
     """Of rollouts. At 1 the drawn distribution is the policy itself."""
@@ -156,8 +156,8 @@ class RLSetting(Config):
     sigma: float = Field(0.1, ge=0)
     """Noise of mismatch router, in standard deviations of each router's weights."""
     difficulty: DifficultySetting = DifficultySetting()
-    test: int = Field(48, ge=1)
-    """Held-out instances of each environment, answered greedily before and after."""
+    test: int = Field(192, ge=1)
+    """Held-out instances of each environment, answered before and after."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -175,17 +175,17 @@ class RLSetting(Config):
 class WarmSetting(Config):
     """Supervised warm start on the environments' own format."""
 
-    samples: int = Field(400, ge=1)
+    samples: int = Field(1600, ge=1)
     """Training instances of each environment."""
-    steps: int = Field(160, ge=0)
+    steps: int = Field(190, ge=0)
     """Optimizer steps; 0 leaves the warm start out."""
     batch: int = Field(32, ge=1)
     """Instances of a step."""
     blocks: int = Field(2, ge=1)
     """Parts that a step is cut into: the number of training workers must divide it."""
-    weights: WeightSetting = WeightSetting(arithmetic=6, tones=3, nextframe=3)
+    weights: WeightSetting = WeightSetting(arithmetic=6, tones=3, nextframe=4)
     """Turns of the environments: what is harder gets more (INFERRED)."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1.5e-3, gt=0)
     """Peak step size; warm-up over a tenth of the steps, then cosine."""
 
     @model_validator(mode="after")

@@ -188,7 +188,7 @@ def trial(config: ErnieConfig, run: str, samples: Any, values: dict[str, Any], r
     changed = config.with_values(values)
     bundle = train_beside(changed.model, changed.pretrain, run, changed.seed, changed.train)
     found = held_out_losses(bundle, ray.get(samples))
-    report(**found, mean_log_loss=float(np.mean(np.log(list(found.values())))))
+    report(1, **found, mean_log_loss=float(np.mean(np.log(list(found.values())))))
 
 
 STUDIES: Commands = {

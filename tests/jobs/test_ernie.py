@@ -249,6 +249,18 @@ def test_the_elastic_study_compares_all_ways(plain, ray_cluster, tmp_path):
         assert {row["trained"] for row in run.table} >= {"elastic", "plain", *OTHERS, "alone k = 1"}
 
 
+def test_a_sweep_measures_every_trial(plain, ray_cluster, tmp_path):
+    given = values(tmp_path) | {
+        "space": ["model.bias_speed=1e-3,3e-3"], "search": "grid", "samples": 1, "test": 4, "tokenizers": str(plain),
+    }  # fmt: skip
+    kind, sweep = ernie.STUDIES["sweep"]
+    config = kind.of(given)
+    with ernie_run(config, "sweep") as (run, session):
+        sweep(config, run, session)
+        assert [row["metric"] for row in run.table] == ["mean_log_loss"] * 2
+        assert sorted(row["model.bias_speed"] for row in run.table) == [1e-3, 3e-3]
+
+
 def test_experts_and_evaluate_read_an_artifact(plain, monkeypatch, capsys, tmp_path):
     run = done(
         ["experts", "--no-wandb", "--run", str(plain), "--test", "4", "--out", str(tmp_path)], monkeypatch, capsys

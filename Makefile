@@ -31,8 +31,9 @@ WITHOUT := $(filter-out tests/conftest.py tests/systems tests/__pycache__ $(WITH
 
 # Two processes, one for each core: what starts Ray, which waits a lot, and the rest, whose output comes at the end.
 test: .venv/.installed  ## all tests
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/python -m pytest $(WITHOUT) >"$$log" 2>&1 & without=$$!; \
+	@log=$$(mktemp); without=; \
+	trap 'kill $$without 2>/dev/null; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest -p no:cacheprovider $(WITHOUT) >"$$log" 2>&1 & without=$$!; \
 	$(BIN)/python -m pytest $(WITH_RAY); with=$$?; \
 	wait $$without; without=$$?; cat "$$log"; \
 	exit $$((with > without ? with : without))

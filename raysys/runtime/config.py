@@ -48,6 +48,18 @@ class Config(BaseModel):
                     raise ValueError(f"{name}: got {str(values[name]).lower()}; expected {allowed(field)}")
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _left_out_fields_of_a_group_keep_the_defaults_of_where_it_is(cls, values: Any) -> Any:
+        """A field `x: Group = Group(a=1)`, given {b: 2}, is Group(a=1, b=2)."""
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(merged.get(name), Mapping) and type(field.default) is field.annotation:
+                merged[name] = _over(field.default.model_dump(), merged[name])
+        return merged
+
     def with_values(self, changes: Mapping[str, Any]) -> Self:
         """A validated copy with some values changed; keys are dotted paths such as "cluster.hosts"."""
         values = self.model_dump()
@@ -93,6 +105,16 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _over(under: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and what they leave out, group by group."""
+    return {**under} | {
+        name: _over(under[name], value)
+        if isinstance(value, Mapping) and isinstance(under.get(name), Mapping)
+        else value
+        for name, value in values.items()
+    }
 
 
 class JobConfig(Config):

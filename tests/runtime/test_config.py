@@ -11,7 +11,7 @@ import pytest
 from jobs_for_tests import COMMANDS, Site, Table, Walk
 from pydantic import ValidationError
 
-from raysys.runtime.config import command_line
+from raysys.runtime.config import Config, command_line
 from raysys.runtime.sentences import UserError
 
 
@@ -109,3 +109,32 @@ def test_a_real_process_says_one_sentence_and_exits_with_two(tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --rouns: is not a flag of this command; did you mean --rounds?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+class Inner(Config):
+    depth: int = 1
+    """Depth."""
+
+
+class Group(Config):
+    a: int = 1
+    """A."""
+    b: int = 1
+    """B."""
+    inner: Inner = Inner()
+    """Inner."""
+
+
+class Outer(Config):
+    group: Group = Group(a=2, inner=Inner(depth=5))
+    """A group whose defaults are other than its class's."""
+
+
+def test_what_a_group_leaves_out_keeps_the_defaults_of_where_it_is():
+    assert Outer.of({"group": {"b": 7}}).group == Group(a=2, b=7, inner=Inner(depth=5))
+    assert Outer.of({"group": {"inner": {}}}).group.inner.depth == 5
+    assert Outer.of({"group": {"inner": {"depth": 3}}}).group == Group(a=2, inner=Inner(depth=3))
+    assert Outer().with_values({"group.b": 3}).group.a == 2
+    assert Outer.of({"group": Group()}).group.a == 1  # a whole group is what it is
+    with pytest.raises(UserError, match=r"group\.c"):
+        Outer.of({"group": {"c": 1}})

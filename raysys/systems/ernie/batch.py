@@ -120,13 +120,16 @@ def first_fit(lengths: Sequence[int], row: int) -> list[list[int]]:
     return rows
 
 
-def pack(laid: Sequence[Laid], row: int | None, planner: Planner, bits: int, levels: int, end: int) -> Batch:
+def pack(
+    laid: Sequence[Laid], row: int | None, planner: Planner, bits: int, levels: int, end: int, shared: bool = False
+) -> Batch:
     """Batch of samples.
 
     Args:
         row: places of a row; None gives each sample a row of its own.
         planner: quantises latents, see `MultiScaleBits.plan`.
         bits: d. levels: Q. end: the code of level 0 that says that an audio has ended.
+        shared: an image to be understood that several samples hold as the same object is read once.
     """
     rows = [[i] for i in range(len(laid))] if row is None else first_fit([len(one) for one in laid], row)
     width = max(sum(len(laid[i]) for i in members) for members in rows)
@@ -157,7 +160,7 @@ def pack(laid: Sequence[Laid], row: int | None, planner: Planner, bits: int, lev
     t = torch.from_numpy
     return Batch(
         t(kind), t(ids), t(doc), t(group), t(position), t(task), t(modality), t(following), t(further),
-        visual, t(visual_at), t(scale.reshape(-1)[visual_at]), _seen(laid, start), codes, t(audio_at),
+        visual, t(visual_at), t(scale.reshape(-1)[visual_at]), _seen(laid, start, shared), codes, t(audio_at),
         bit_at, bit, bit_scale, code_at, code,
     )  # fmt: skip
 
@@ -207,13 +210,13 @@ def _audio(
     return torch.from_numpy(codes), torch.tensor(at, dtype=torch.int64), torch.from_numpy(np.concatenate(targets))
 
 
-def _seen(laid: Sequence[Laid], start: np.ndarray) -> tuple[Seen, ...]:
+def _seen(laid: Sequence[Laid], start: np.ndarray, shared: bool) -> tuple[Seen, ...]:
     found: dict[tuple[int, ...], dict[int, tuple[Look, list[int]]]] = {}
     for i, one in enumerate(laid):
         looks = [s for s in one.sample.segments if isinstance(s, Look)]
         for first, look in zip(one.look_start, looks, strict=True):
             of_shape = found.setdefault(look.cnn.shape, {})
-            of_shape.setdefault(id(look), (look, []))[1].append(int(start[i]) + first)
+            of_shape.setdefault(id(look) if shared else len(of_shape), (look, []))[1].append(int(start[i]) + first)
     made = []
     for shape, members in found.items():
         n = shape[0] // window(shape[0]) * (shape[1] // 2) * (shape[2] // 2)

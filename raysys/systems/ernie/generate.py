@@ -99,7 +99,7 @@ def answer_batch(model: UniModel, prompts: Sequence[Sample], answers: Sequence[I
         laid.append(lay(Sample(prompt.task, (*prompt.segments, text)), model.sizes.scales))
     s, lengths = model.sizes, [len(one) for one in laid]
     order = [i for members in first_fit(lengths, max(lengths)) for i in members]
-    return pack(laid, max(lengths), no_vision, s.bits, s.levels, s.codes), order
+    return pack(laid, max(lengths), no_vision, s.bits, s.levels, s.codes, shared=True), order
 
 
 def answer_logp(
@@ -127,8 +127,10 @@ def answer_logp(
     spread = (model(batch, replay=replay).text.float() / temperature).log_softmax(-1)
     drawn = spread.gather(1, batch.next[batch.next >= 0][:, None]).squeeze(1)
     entropy = -(spread.exp() * spread).sum(-1)
-    row = torch.tensor([i for i in order for _ in answers[i]], device=drawn.device)
-    column = torch.tensor([j for i in order for j in range(len(answers[i]))], device=drawn.device)
+    places = [(i, j) for i in order for j in range(len(answers[i]))]
+    if len(drawn) != len(places):
+        raise RuntimeError(f"{len(drawn)} places predict text, for {len(places)} tokens of the answers")
+    row, column = torch.tensor(places, dtype=torch.int64, device=drawn.device).view(-1, 2).unbind(1)
     empty = drawn.new_zeros(len(answers), max(map(len, answers)))
     mask = empty.bool().index_put((row, column), torch.ones_like(row, dtype=torch.bool))
     return empty.index_put((row, column), drawn), mask, empty.index_put((row, column), entropy.detach())

@@ -135,6 +135,13 @@ def test_equal_rewards_move_nothing():
     assert torch.equal(one.updater.policy.module.logits, before)
     assert told["reward"] == 1
     assert told["gradient"] == 0
+    one = loop()
+    one.iterate()  # so that there is momentum, which a step would go on with
+    before = one.updater.policy.module.logits.detach().clone()
+    one.hands.worker.judge.reward = lambda asked, text: 1.0
+    while one.iterate()["informative"]:  # answers under way were judged before
+        before = one.updater.policy.module.logits.detach().clone()
+    assert torch.equal(one.updater.policy.module.logits, before)
     dynamic = loop(setting(objective={"dynamic": True}))
     dynamic.hands.worker.judge.reward = lambda asked, text: 0.0
     assert dynamic.iterate()["informative"] == 0

@@ -31,7 +31,7 @@ class Arithmetic(SingleTurn):
 
     def __init__(self, split: Split = "train", terms: int = 2, below: int = 10, render_mode: str | None = None) -> None:
         super().__init__(split, render_mode)
-        if terms < 2 or below < 2:
+        if terms < 2 or below < 4:
             raise ValueError(f"arithmetic: got {terms} terms below {below}; expected 2 or more terms below 4 or more")
         self.terms, self.below = terms, below
         self.observation_space = spaces.Text(

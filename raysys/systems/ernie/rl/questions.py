@@ -21,7 +21,7 @@ from raysys.systems.ernie.environments.question import Split
 
 I64 = NDArray[np.int64]
 SPARE = 1_000_000
-"""Seeds from here on are the warm start's: other draws than those of RL. Short sums are few, and some come in both."""
+"""Seeds from here on are the warm start's: other draws than those of RL. Sums are few, and most come in both."""
 
 PATIENCE = 20
 """Seeds that are tried for each held-out question."""
@@ -60,7 +60,7 @@ class Questions:
 
 
 def turns_of(weights: Sequence[int]) -> tuple[int, ...]:
-    """A round in which environment e has weights[e] turns, as evenly spread as they can be: (2, 1, 1) gives 0 1 2 0."""
+    """A round in which environment e has weights[e] turns, the i-th of w at (i + 1/2) / w of it: (2, 1, 1) gives 0 1 2 0."""
     return tuple(e for _, e in sorted(((i + 0.5) / w, e) for e, w in enumerate(weights) for i in range(w)))
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from raysys.runtime.run import Run
 from raysys.runtime.statistics import Interval, mean_ci, paired_difference
 from raysys.systems.ernie.rl.arms import BASE
-from raysys.systems.ernie.rl.urb import mean_lengths, simulate, simulate_april
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,33 +59,11 @@ def tell(run: Run, results: Results, names: Sequence[str]) -> None:
         )
     if len(results) > 1:
         run.grid(
-            f"Arms: rise of the drawn reward on all environments, and against the base arm, {seeds} paired seed(s)",
+            f"Arms: drawn reward on all environments, and against the base arm, {seeds} paired seed(s); masked, clipped, KL"
+            " and entropy are of groups that are not all right or all wrong",
             arms(run, results, names),
         )
-    run.grid(
-        "Schedules on answers of long-tailed lengths (simulated: lognormal, 64 queries an iteration, 128 slots, 40 iterations)",
-        schedules(),
-    )
     run.figure("reinforcement", curves(results, names))
-
-
-def schedules() -> list[dict[str, str]]:
-    """U-RB of some depths and APRIL on the same lengths: time saved, age paid, and whether early batches are short answers."""
-    lengths = np.maximum(1, np.random.default_rng(0).lognormal(4, 1, 64 * 60).astype(np.int64))
-    used, lines = lengths[: 64 * 40], []
-    told = {f"U-RB, N = {depth}": simulate(used, 64, depth, 128) for depth in (1, 2, 4, 8)}
-    told["APRIL"] = simulate_april(lengths, 64, 128, 40)
-    synchronous = told["U-RB, N = 1"].throughput
-    for name, found in told.items():
-        lines.append(
-            {
-                "schedule": name,
-                "throughput": f"{found.throughput / synchronous:.1f} x",
-                "age, iterations": f"{found.staleness:.1f}",
-                "length of the first 5 batches": f"{mean_lengths(found, lengths, 5) / lengths.mean():.2f} of the mean",
-            }
-        )
-    return lines
 
 
 def rewards(found: Sequence[Mapping[str, Any]], when: str, how: str, place: int, count: int) -> list[float]:

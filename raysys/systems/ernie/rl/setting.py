@@ -88,7 +88,7 @@ class DifficultySetting(Config):
 
     terms: int = Field(5, ge=2, le=8)
     """Arithmetic: numbers to add."""
-    below: int = Field(4, ge=2, le=1000)
+    below: int = Field(4, ge=4, le=1000)
     """Arithmetic: numbers are smaller than this."""
     kinds: int = Field(0, ge=0, le=10)
     """Count: 0 asks for all digits; m (2 to 10) for one of m kinds, and only these occur."""

@@ -76,11 +76,9 @@ class Updater:
 
     def _logp(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (B, n) under the current weights."""
-        logp, there, entropy = self.policy.answer_logp(
+        logp, _, entropy = self.policy.answer_logp(
             rows.prompts, rows.ids, temperature=self.setting.temperature, routes=rows.routes
         )
-        if there.shape != rows.mask.shape:
-            raise RuntimeError(f"the policy sees answers of shape {tuple(there.shape)}, not {tuple(rows.mask.shape)}")
         return logp, entropy
 
     def _step(self, rows: _Rows) -> dict[str, float]:

@@ -26,9 +26,10 @@ from raysys.systems.ernie.tokenizers.visual import VisualSetting, VisualTokenize
 
 SMALL = {
     "wandb": False, "seeds": 1, "every": 2,
-    "warm": {"samples": 2, "steps": 40, "batch": 8, "lr": 2e-2},
+    "warm": {"samples": 2, "steps": 40, "batch": 8, "lr": 2e-2, "weights": {"arithmetic": 4, "tones": 1, "nextframe": 3}},
     "rl": {
-        "iterations": 3, "prompts": 4, "test": 2, "limit": 8,
+        "iterations": 3, "prompts": 4, "test": 2, "limit": 8, "weights": {"arithmetic": 1},
+        "difficulty": {"terms": 2, "below": 20, "tones": 2},
         "buffer": {"batch": 4, "group": 2, "depth": 2, "calls": 2, "slots": 6},
     },
 }  # fmt: skip

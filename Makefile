@@ -26,17 +26,17 @@ install: .venv/.installed  ## create .venv with the exact versions of constraint
 demo: .venv/.installed  ## 20 workers, 4 malicious: every rule against every attack, on real images
 	$(BIN)/python -m jobs.byzantine demo
 
-WITH_RAY := tests/actors tests/cluster tests/jobs tests/runtime tests/serve tests/systems/rabtriever
-WITHOUT := $(filter-out tests/conftest.py tests/systems tests/__pycache__ $(WITH_RAY),$(wildcard tests/*) $(wildcard tests/systems/*))
+# Two processes, one for each core, with a Ray cluster each: jobs and actors take as long as all the others, whose output comes last.
+FIRST := tests/actors tests/jobs
+OTHERS := $(filter-out tests/conftest.py tests/__pycache__ $(FIRST),$(wildcard tests/*))
 
-# Two processes, one for each core: what starts Ray, which waits a lot, and the rest, whose output comes at the end.
 test: .venv/.installed  ## all tests
-	@log=$$(mktemp); without=; \
-	trap 'kill $$without 2>/dev/null; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python -m pytest -p no:cacheprovider $(WITHOUT) >"$$log" 2>&1 & without=$$!; \
-	$(BIN)/python -m pytest $(WITH_RAY); with=$$?; \
-	wait $$without; without=$$?; cat "$$log"; \
-	exit $$((with > without ? with : without))
+	@log=$$(mktemp); others=; \
+	trap 'kill $$others 2>/dev/null; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest -p no:cacheprovider $(OTHERS) >"$$log" 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest $(FIRST); first=$$?; \
+	wait $$others; others=$$?; cat "$$log"; \
+	exit $$((first > others ? first : others))
 
 lint: .venv/.installed  ## style, types, and the doors between the packages
 	$(BIN)/ruff check .

@@ -26,17 +26,8 @@ install: .venv/.installed  ## create .venv with the exact versions of constraint
 demo: .venv/.installed  ## 20 workers, 4 malicious: every rule against every attack, on real images
 	$(BIN)/python -m jobs.byzantine demo
 
-# Two processes, one for each core, with a Ray cluster each: jobs and actors take as long as all the others, whose output comes last.
-FIRST := tests/actors tests/jobs
-OTHERS := $(filter-out tests/conftest.py tests/__pycache__ $(FIRST),$(wildcard tests/*))
-
 test: .venv/.installed  ## all tests
-	@log=$$(mktemp); others=; \
-	trap 'kill $$others 2>/dev/null; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python -m pytest -p no:cacheprovider $(OTHERS) >"$$log" 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest $(FIRST); first=$$?; \
-	wait $$others; others=$$?; cat "$$log"; \
-	exit $$((first > others ? first : others))
+	$(BIN)/python -m pytest
 
 lint: .venv/.installed  ## style, types, and the doors between the packages
 	$(BIN)/ruff check .

@@ -197,10 +197,10 @@ class ernie_run:
 
 @pytest.mark.slow
 def test_deepspeed_with_shared_experts_gives_the_same_model_up_to_rounding(plain, ray_cluster, tmp_path):
-    """Ray Train, two workers, ZeRO-1, every layer's experts cut in two, tokenizers without any of that: losses of the last step
-    agree (seen: to 1e-5). A wrong scale of gradients would show with SGD only, see tests/runtime/test_expert_training.py."""
+    """Ray Train, two workers, ZeRO-1, every layer's experts cut in two: losses of the last step agree (seen: to 1e-5). A wrong
+    scale of gradients would show with SGD only, see tests/runtime/test_expert_training.py."""
     spread = {"workers": 2, "clip": 1.0, "deepspeed": "zero1", "expert_parallel": 2}
-    config = ernie.PretrainConfig.of(values(tmp_path) | {"train": spread, "test": 4})
+    config = ernie.PretrainConfig.of(values(tmp_path) | {"train": spread, "test": 4, "tokenizers": str(plain)})
     with ernie_run(config, "pretrain") as (run, session):
         ernie.pretrain(config, run, session)
         found, wanted = load(run.path).model, load(str(plain)).model

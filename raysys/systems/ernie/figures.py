@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from raysys.runtime.report import COLOURS, LINES, MARKERS, new_figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 F32 = NDArray[np.float32]
+
+
+def _blank(width: float, height: float) -> Figure:
+    """A figure of that many inches, without axes."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def pictures(rows: Sequence[tuple[Sequence[str], Sequence[F32]]], title: str) -> Figure:
     """Rows of images (C, H, W) in [0, 1], the first ones with labels above."""
     wide = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(0.4 + 1.3 * wide, 0.5 + 1.35 * len(rows)), layout="constrained")
+    figure = _blank(0.4 + 1.3 * wide, 0.5 + 1.35 * len(rows))
     axes = figure.subplots(len(rows), wide, squeeze=False)
     for line, (labels, images) in zip(axes, rows, strict=True):
         for ax in line:
@@ -35,7 +44,7 @@ def pictures(rows: Sequence[tuple[Sequence[str], Sequence[F32]]], title: str) ->
 
 def tones(rows: Sequence[tuple[str, F32]], rate: int, title: str) -> Figure:
     """Spectrograms of waves (n,)."""
-    figure = Figure(figsize=(1.0 + 1.9 * len(rows), 2.4), layout="constrained")
+    figure = _blank(1.0 + 1.9 * len(rows), 2.4)
     for ax, (label, wave) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         if len(wave) >= 128:
             ax.specgram(wave, NFFT=128, noverlap=96, Fs=rate, cmap="gray_r", vmin=-120)
@@ -65,7 +74,7 @@ def overlap_maps(overlap: Mapping[str, Sequence[float]], names: Sequence[str]) -
     """IoU of the most used quarter of experts between streams, at the first, middle and last layer (the paper's figure 9)."""
     layers = len(next(iter(overlap.values())))
     shown = sorted({0, layers // 2, layers - 1})
-    figure = Figure(figsize=(1.6 + 2.6 * len(shown), 3.4), layout="constrained")
+    figure = _blank(1.6 + 2.6 * len(shown), 3.4)
     for ax, layer in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         found = np.eye(len(names))
         for i, a in enumerate(names):
@@ -93,7 +102,7 @@ def overlap_maps(overlap: Mapping[str, Sequence[float]], names: Sequence[str]) -
 def usage_maps(counts: Mapping[str, NDArray[np.float64]]) -> Figure:
     """Assignments to each expert (across) in each layer (down) as a share of a stream's own, experts in the order of the sum."""
     names = list(counts)
-    figure = Figure(figsize=(7.0, 0.6 + 0.7 * len(names)), layout="constrained")
+    figure = _blank(7.0, 0.6 + 0.7 * len(names))
     order = np.argsort(-np.sum([c / c.sum(1, keepdims=True) for c in counts.values()], 0), 1)
     for ax, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         share = np.take_along_axis(counts[name] / counts[name].sum(1, keepdims=True), order, 1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from raysys.runtime.report import COLOURS, LINES, MARKERS, new_figure
 from raysys.systems.rabtriever.claims import interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def recall_bars(results: Sequence[dict[str, Any]], methods: Sequence[str], title: str) -> Figure:

@@ -40,7 +40,7 @@ from raysys.runtime.statistics import Interval, bootstrap, mean_ci, paired_boots
 from raysys.runtime.train import TrainConfig as Spread
 from raysys.systems.ernie.artifact import Bundle, save
 from raysys.systems.ernie.setting import Counts, ModelSetting, PretrainSetting
-from raysys.systems.ernie.study import OFF
+from raysys.systems.ernie.study import OFF, as_trained
 from raysys.systems.ernie.tasks import MEASURES, Tested, ceilings, measure
 
 SPECIALISTS = {"text": ("lm",), "vision": ("t2i", "i2t", "t2v", "v2t"), "audio": ("t2a", "a2t")}
@@ -142,7 +142,7 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
     data = read(config)
     tokenizers = get_tokenizers(config, run, session, data)
     run.grid("Tokenizers on held-out data", quality(tokenizers, data, config.test))
-    get_corpus(config, run, session, tokenizers, data)
+    corpus = get_corpus(config, run, session, tokenizers, data)
     items = held_out(data, tokenizers, config.test)
     stage, beside = run.stage("specialists"), None
     arguments = (config.model, config.pretrain, run.path, items, config.seed, config.train)
@@ -156,7 +156,7 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
     if stage.result is None:
         stage.finish(specialists(*arguments) if beside is None else ray.get(beside))
     table(run, {"one model": [one], "specialist": [stage.result or {}]}, ceilings(bundle, items))
-    show(run, bundle, items, config.seed)
+    show(run, bundle, items, as_trained(corpus, config.pretrain.samples.model_dump()), config.seed)
 
 
 def specialists(

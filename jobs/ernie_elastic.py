@@ -26,7 +26,7 @@ from raysys.runtime.train import TrainConfig as Spread
 from raysys.systems.ernie import figures, study
 from raysys.systems.ernie.corpus import Corpus
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting
-from raysys.systems.ernie.stream import TASKS, Sample
+from raysys.systems.ernie.stream import Sample
 
 OTHERS = ("separated", "dense", "unbalanced", "auxiliary")
 
@@ -88,8 +88,7 @@ def train_unit(
 ) -> dict[str, Any]:
     """One model in this process: trained, then measured at each rung on held-out samples."""
     bundle = train_beside(model, pretrain, run, seed, spread)
-    source = Corpus.open(Storage(run))
-    seen = [source.get(task, i) for task in TASKS if source.size(task) for i in range(min(40, source.size(task)))]
+    seen = study.as_trained(Corpus.open(Storage(run)), pretrain.samples.model_dump())
     return study.examine(bundle, seen, samples, rungs)
 
 
@@ -104,6 +103,8 @@ def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: lis
             "parameters": f"{told['total'] / whole['total']:.0%}",
             "active": f"{told['active'] / whole['active']:.0%}",
             "FLOPs": f"{told['flops'] / whole['flops']:.0%}",
+            "time, view": times(results, rung.label, "view_s"),
+            "time, cut": times(results, rung.label, "cut_s"),
         }
         for way, (variant, at) in ways(rung.label).items():
             if variant in names:
@@ -121,6 +122,12 @@ def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: lis
     for name in ("elastic", "plain", "separated"):
         if name in names:
             routing_figures(run, first[name]["routing"], first[name]["usage"], name)
+
+
+def times(results: list[dict[str, Any]], rung: str, way: str) -> str:
+    """Processor time for reading, over that of the whole model: mean over seeds."""
+    ratios = [one["elastic"]["rungs"][rung][way] / one["elastic"]["rungs"]["whole"]["view_s"] for one in results]
+    return f"{np.mean(ratios):.0%}"
 
 
 def ways(rung: str) -> dict[str, tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import wave
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,15 @@ from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.ernie import figures
 from raysys.systems.ernie.artifact import Bundle
 from raysys.systems.ernie.evaluate import batches, captions, pictures, sounds
-from raysys.systems.ernie.routing import choices, report, usage
+from raysys.systems.ernie.routing import choices, loads, report, usage
+from raysys.systems.ernie.stream import Sample
 from raysys.systems.ernie.tasks import Tested, given_of
 
 EXAMPLES = 8
 
 
-def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
-    """Figures of images, frames, tones and routing, and a table of captions."""
+def show(run: Run, bundle: Bundle, items: dict[str, Tested], seen: Sequence[Sample], seed: int) -> None:
+    """Figures of images, frames, tones and routing, and a table of captions; the balance is told from `seen` training samples."""
     generator = Seeds(seed).generator(Stream.ATTACK)
     if "t2i" in items:
         chosen = items["t2i"].samples[:EXAMPLES]
@@ -52,15 +54,15 @@ def show(run: Run, bundle: Bundle, items: dict[str, Tested], seed: int) -> None:
             ]
     if lines:
         run.grid("What it says (first held-out items)", lines)
-    show_routing(run, bundle, items)
+    show_routing(run, bundle, items, seen)
 
 
-def show_routing(run: Run, bundle: Bundle, items: dict[str, Tested], name: str = "") -> dict[str, Any]:
-    """Figures and tables of how experts are shared, and what they say."""
+def show_routing(run: Run, bundle: Bundle, items: dict[str, Tested], seen: Sequence[Sample]) -> dict[str, Any]:
+    """Figures and tables of how experts are shared, and what they say; the balance is that of `seen` training samples."""
     samples = [one for found in items.values() for one in found.samples]
     counts = usage(choices(bundle.model, batches(bundle, samples)), bundle.model.setting.experts)
-    told = report(counts)
-    routing_figures(run, told, {stream: c.tolist() for stream, c in counts.items()}, name)
+    told = report(counts, loads(bundle.model, batches(bundle, seen)))
+    routing_figures(run, told, {stream: c.tolist() for stream, c in counts.items()})
     return told
 
 
@@ -74,7 +76,7 @@ def routing_figures(run: Run, told: dict[str, Any], counts: dict[str, Any], name
     run.grid(
         f"Normalised entropy of expert usage{title}",
         [by_layer("stream", *row) for row in told["entropy"].items()]
-        + [by_layer("stream", "max violation, all", told["violation"]["all"])],
+        + [by_layer("stream", "max violation, training samples", told["violation"]["all"])],
     )
     run.grid(
         f"IoU of the most used quarter of experts{title}; unrelated choices give .14",

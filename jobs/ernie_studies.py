@@ -29,7 +29,10 @@ from raysys.runtime.session import Session
 from raysys.runtime.statistics import bootstrap
 from raysys.systems.ernie import study
 from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load
-from raysys.systems.ernie.evaluate import held_out_losses
+from raysys.systems.ernie.evaluate import batches, held_out_losses
+from raysys.systems.ernie.routing import loads
+from raysys.systems.ernie.samples import samples_of
+from raysys.systems.ernie.stream import Sample
 from raysys.systems.ernie.tasks import MEASURES, measure
 from raysys.systems.ernie.tokenizers.audio_training import report as audio_report
 from raysys.systems.ernie.tokenizers.visual_training import report as visual_report
@@ -105,10 +108,15 @@ def opened(config: ExpertsConfig) -> tuple[Bundle, Multimodal]:
     return bundle, load_multimodal(config.data or bundle.data, config.seed, Form(**bundle.form.model_dump()))
 
 
+def training(data: Multimodal, bundle: Bundle, each: int = 40) -> list[Sample]:
+    """The first training samples of each task, from which the most used experts and the balance are told."""
+    return [one for task in data.tasks for one in samples_of(bundle, data.train(task)[:each])]
+
+
 def experts(config: ExpertsConfig, run: Run, session: Session) -> None:
     """Figures and tables of usage, entropy and overlap."""
     bundle, data = opened(config)
-    told = show_routing(run, bundle, held_out(data, bundle, config.test))
+    told = show_routing(run, bundle, held_out(data, bundle, config.test), training(data, bundle))
     run.stage("routing").finish(told)
 
 
@@ -125,7 +133,7 @@ def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
     items = held_out(data, bundle, config.test)
     setting, levels = bundle.model.setting, bundle.model.levels
     samples = [one for found in items.values() for one in found.samples]
-    counts = study.usage_of(bundle, samples)
+    counts = loads(bundle.model, batches(bundle, training(data, bundle)))
     losses, lines = [], {m: {"task": m.label, "chance": f"{m.chance:.2f}"} for m in MEASURES if m.task in items}
     for rung in study.ladder(setting, levels)[: None if config.sub == "all" else 1]:
         sub = rung.of(setting, levels, counts)

@@ -11,7 +11,7 @@ Notable choices
 
 | kind | training | held out |
 |---|---|---|
-| text | 9 topics of 10 of Python's documentation | topics 0, 10, 20, ... by name |
+| text | 9 topics of 10 of Python's documentation | topics 0, 10, 20, ... by name, without what training quotes |
 | image | scikit-learn digits with index % 5 != 0, in each quadrant | index % 5 == 0, in each quadrant |
 | video | the same training digits, moving | the same held-out digits, moving |
 | audio | tones drawn for training | tones drawn for testing, from other random numbers |

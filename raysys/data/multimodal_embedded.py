@@ -33,6 +33,8 @@ SIDE = 8
 """Pixels of a digit."""
 EVERY = 5
 """One digit of so many is held out: those with index % 5 == 0."""
+SHARED = 8
+"""Words in a row by which a held-out text counts as known from training."""
 IMAGE, VIDEO, AUDIO, PHOTO = 0, 2, 4, 6
 """Rounds of the random streams; held-out items have the next one."""
 
@@ -163,10 +165,24 @@ def topics(form: Form) -> Kind:
     """Python's own documentation, by topic; another version of Python has slightly other words."""
     from pydoc_data.topics import topics as found
 
-    splits: tuple[list[str], list[str]] = ([], [])
+    train, test = list[str](), list[str]()
     for number, name in enumerate(sorted(found)):
-        splits[number % 10 == 0].extend(pieces(found[name], form.piece))
-    return of_texts(*splits, "Python documentation (PSF licence)")
+        (test if number % 10 == 0 else train).append(found[name])
+    kept, wanted = ([piece for text in texts for piece in pieces(text, form.piece)] for texts in (train, test))
+    apart = unseen(wanted, train)
+    note = f"{len(wanted) - len(apart)} of {len(wanted)} held-out pieces share {SHARED} words in a row with training; left out"
+    return of_texts(kept, apart, "Python documentation (PSF licence)", note)
+
+
+def unseen(texts: list[str], train: list[str], words: int = SHARED) -> list[str]:
+    """Those of `texts` that share no so many words in a row with any of `train` (topics quote each other)."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        found = text.split()
+        return {tuple(found[i : i + words]) for i in range(len(found) - words + 1)}
+
+    known = set[tuple[str, ...]]().union(*map(runs, train))
+    return [text for text in texts if known.isdisjoint(runs(text))]
 
 
 def photos(form: Form, seed: int, count: int = 2048) -> Kind:

@@ -18,7 +18,7 @@ from PIL import Image
 from raysys.data.datasets import DataError
 from raysys.data.media import decode_picture, read_picture, read_sound
 from raysys.data.multimodal import KIND, Form, load_multimodal
-from raysys.data.multimodal_embedded import chosen, digits, pieces
+from raysys.data.multimodal_embedded import chosen, digits, pieces, unseen
 
 DATA = load_multimodal()
 
@@ -123,9 +123,19 @@ def test_tones_are_drawn_anew_for_testing() -> None:
 def test_topics_are_held_out_whole() -> None:
     from pydoc_data.topics import topics
 
-    held = "".join(x.text for x in DATA.test("lm"))
-    assert held == "".join(topics[name] for name in sorted(topics)[::10])
+    held = "".join(topics[name] for name in sorted(topics)[::10])
     assert len("".join(x.text for x in DATA.train("lm"))) + len(held) == sum(map(len, topics.values()))
+    assert all(item.text in held for item in DATA.test("lm"))
+
+
+def test_held_out_text_shares_no_eight_words_with_training() -> None:
+    """Topics quote each other: `else` is a part of `if`."""
+    known = " " + " ".join(" ".join(item.text.split()) for item in DATA.train("lm")) + " "
+    for item in DATA.test("lm"):
+        words = item.text.split()
+        assert not any(f" {' '.join(words[i : i + 8])} " in known for i in range(len(words) - 7))
+    assert "12 of 86 held-out pieces" in DATA.note
+    assert unseen(["a b c d", "b c d e", "a b"], ["x a b c y", "d"], 3) == ["b c d e", "a b"]
 
 
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(16, 40))

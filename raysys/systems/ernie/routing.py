@@ -56,9 +56,19 @@ def usage(chosen: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
     }
 
 
-def report(counts: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+@torch.no_grad()
+def loads(model: UniModel, batches: Iterable[Batch]) -> Tensor:
+    """(L, E): assignments of all tokens, captions and special ones included, whole model."""
+    total = torch.zeros(model.setting.layers, model.setting.experts, dtype=torch.int64)
+    for batch in batches:
+        for layer, (_, told) in enumerate(model(batch).routed):
+            total[layer] += torch.bincount(told.experts.flatten(), minlength=model.setting.experts)
+    return total
+
+
+def report(counts: dict[str, Tensor], load: Tensor) -> dict[str, dict[str, list[float]]]:
     """By stream and layer the normalised entropy; by pair of streams and layer the IoU of the most used quarter of experts; and
-    by layer the largest load above the mean, over all streams ("max violation")."""
+    by layer the largest load above the mean ("max violation") of `load` (L, E), which is what the balance is about."""
     names = list(counts)
     entropy = {name: normalized_entropy(c).tolist() for name, c in counts.items()}
     overlap = {
@@ -66,5 +76,4 @@ def report(counts: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
         for i, a in enumerate(names)
         for b in names[i + 1 :]
     }
-    total = torch.stack(list(counts.values())).sum(0)
-    return {"entropy": entropy, "overlap": overlap, "violation": {"all": max_violation(total).tolist()}}
+    return {"entropy": entropy, "overlap": overlap, "violation": {"all": max_violation(load).tolist()}}

@@ -10,6 +10,7 @@ Notable choices
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,13 @@ import torch
 
 from raysys.runtime.statistics import Interval, mean_ci, paired_difference
 from raysys.systems.ernie.artifact import Bundle
-from raysys.systems.ernie.cut import cost
+from raysys.systems.ernie.batch import Batch
+from raysys.systems.ernie.corpus import Corpus
+from raysys.systems.ernie.cut import cost, cut
 from raysys.systems.ernie.elastic import SubModel, by_usage
 from raysys.systems.ernie.evaluate import batches, held_out_losses
-from raysys.systems.ernie.routing import choices, report, usage
+from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.routing import choices, loads, report, usage
 from raysys.systems.ernie.setting import ElasticSetting, ModelSetting, PretrainSetting
 from raysys.systems.ernie.stream import TASKS, Sample
 
@@ -102,33 +106,52 @@ def examine(
     """Held-out losses and costs of a trained model at each rung, and its routing.
 
     Args:
-        trained_on: training samples from which the most used experts are told.
+        trained_on: training samples, as often of each task as in training: they tell the most used experts and the balance.
     """
     model, s = bundle.model.eval(), bundle.model.setting
-    counts = usage_of(bundle, trained_on)
+    counts = loads(model, batches(bundle, trained_on))
+    read = batches(bundle, held_out)
     told: dict[str, Any] = {"rungs": {}}
-    for rung in rungs:
-        sub = rung.of(s, model.levels, counts)
-        losses = held_out_losses(bundle, held_out, sub)
+    subs = {rung.label: rung.of(s, model.levels, counts) for rung in rungs}
+    spent = seconds(model, list(subs.values()), read)
+    for (label, sub), (view, own) in zip(subs.items(), spent, strict=True):
         c = cost(model, sub, CONTEXT)
-        told["rungs"][rung.label] = {
-            "losses": losses, "total": c.total, "active": c.active, "flops": c.flops,
+        told["rungs"][label] = {
+            "losses": held_out_losses(bundle, held_out, sub), "total": c.total, "active": c.active, "flops": c.flops,
+            "view_s": view, "cut_s": own,
         }  # fmt: skip
-    found = usage(choices(model, batches(bundle, held_out)), s.experts)
-    told["routing"] = report(found)
+    found = usage(choices(model, read), s.experts)
+    told["routing"] = report(found, counts)
     told["usage"] = {name: c.tolist() for name, c in found.items()}
     return told
 
 
 @torch.no_grad()
-def usage_of(bundle: Bundle, samples: Sequence[Sample]) -> torch.Tensor:
-    """(L, E): assignments of all tokens of samples."""
-    s = bundle.model.setting
-    total = torch.zeros(s.layers, s.experts, dtype=torch.int64)
-    for batch in batches(bundle, samples):
-        for layer, (_, told) in enumerate(bundle.model(batch).routed):
-            total[layer] += torch.bincount(told.experts.flatten(), minlength=s.experts)
-    return total
+def seconds(
+    model: UniModel, subs: Sequence[SubModel], read: Sequence[Batch], rounds: int = 3
+) -> list[tuple[float, float]]:
+    """Processor seconds for reading batches by each sub-model, as a view and cut out: the least of rounds of taking turns."""
+    own, spent = [cut(model, sub) for sub in subs], np.full((len(subs), 2), np.inf)
+    for _ in range(rounds):
+        for i, sub in enumerate(subs):
+            began = time.process_time()
+            for batch in read:
+                model(batch, sub.rows(batch.rows, model.setting))
+            between = time.process_time()
+            for batch in read:
+                own[i](batch)
+            spent[i] = np.minimum(spent[i], (between - began, time.process_time() - between))
+    return [(float(view), float(alone)) for view, alone in spent]
+
+
+def as_trained(corpus: Corpus, counts: Mapping[str, int], steps: int = 6) -> list[Sample]:
+    """Training samples of so many steps' tasks: the first ones of the corpus."""
+    return [
+        corpus.get(task, i % corpus.size(task))
+        for task, n in counts.items()
+        if corpus.size(task)
+        for i in range(steps * n)
+    ]
 
 
 Results = Sequence[Mapping[str, Any]]

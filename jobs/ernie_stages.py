@@ -240,11 +240,13 @@ def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Toke
     return tokenize_here(config, run, tokenizers, data, limits)
 
 
-def held_out(data: Multimodal, tokenizers: Tokenizers, count: int) -> dict[str, Tested]:
-    """The first `count` held-out items of each task (of every n-th where there are more, so that all kinds are met)."""
+def held_out(data: Multimodal, tokenizers: Tokenizers, count: int, tuning: bool = False) -> dict[str, Tested]:
+    """Up to `count` held-out items of each task (of every n-th where there are more, so that all kinds are met): of those at even
+    places, which are for reports, or at odd ones, which are for choosing constants."""
     found = {}
     for task in data.tasks:
         items = data.test(task)
+        items = items[int(tuning and len(items) > 1) :: 2]
         chosen = items[:: max(1, len(items) // count)][:count]
         found[task] = Tested(list(chosen), samples_of(tokenizers, chosen))
     return found

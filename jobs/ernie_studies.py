@@ -164,7 +164,7 @@ class SweepConfig(SweepFlags, ErnieConfig):
     mode: Literal["max", "min"] = "min"
     """Whether more or less of the metric is better."""
     test: int = Field(60, ge=1)
-    """Held-out samples of each task."""
+    """Held-out samples of each task; none of them is used by other commands."""
 
     def check(self) -> None:
         super().check()
@@ -180,7 +180,7 @@ def sweep(config: SweepConfig, run: Run, session: Session) -> None:
     data = read(config)
     tokenizers = get_tokenizers(config, run, session, data)
     get_corpus(config, run, session, tokenizers, data)
-    samples = [one for found in held_out(data, tokenizers, config.test).values() for one in found.samples]
+    samples = [one for found in held_out(data, tokenizers, config.test, True).values() for one in found.samples]
     run_sweep(
         config, run, session, partial(trial, ErnieConfig.of(shared_fields(config)), run.path, ray.put(samples)), 1
     )

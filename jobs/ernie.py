@@ -6,6 +6,7 @@ python -m jobs.ernie pretrain         tokenizers, corpus, backbone; leaves an ar
 python -m jobs.ernie elastic          sub-models of one run against models trained alone and pruning; ways of routing; maps
 python -m jobs.ernie experts          which experts serve which task, of a run's artifact
 python -m jobs.ernie evaluate         every task with a run's artifact, for any sub-model
+python -m jobs.ernie export           a sub-model of a run as a model of its own
 python -m jobs.ernie rl               reinforcement learning with verifiable rewards on four environments
 python -m jobs.ernie sweep            any field with Ray Tune
 """
@@ -146,7 +147,7 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
     items = held_out(data, tokenizers, config.test)
     stage, beside = run.stage("specialists"), None
     arguments = (config.model, config.pretrain, run.path, items, config.seed, config.train)
-    if stage.result is None and config.execution == "actors":
+    if stage.result is None and config.execution == "actors" and room(config.train):
         beside = ray.remote(specialists).options(num_cpus=1).remote(*arguments)
     with Progress(config.pretrain.steps, "one model (specialists beside it)", unit="steps") as progress:
         bundle = pretrain_model(config, run, session, tokenizers, config.seed, progress)
@@ -157,6 +158,11 @@ def demo(config: DemoConfig, run: Run, session: Session) -> None:
         stage.finish(specialists(*arguments) if beside is None else ray.get(beside))
     table(run, {"one model": [one], "specialist": [stage.result or {}]}, ceilings(bundle, items))
     show(run, bundle, items, as_trained(corpus, config.pretrain.samples.model_dump()), config.seed)
+
+
+def room(spread: Spread) -> bool:
+    """Whether the cluster has a CPU besides those of the training's workers."""
+    return bool(ray.cluster_resources().get("CPU", 0.0) >= spread.workers * spread.cpus_per_worker + 1)
 
 
 def specialists(

@@ -43,6 +43,17 @@ class ElasticConfig(ErnieConfig):
     test: int = Field(120, ge=1)
     """Held-out samples of each task."""
 
+    def check(self) -> None:
+        super().check()
+        self.check_apart()
+        for name in self.names(self.audio.levels):
+            study.variant(name, self.model, self.pretrain, self.audio.levels)
+
+    def names(self, levels: int) -> list[str]:
+        """The variants that are trained."""
+        alone = [f"alone {rung.label}" for rung in study.ladder(self.model, levels)[1:]] if self.alone else []
+        return ["elastic", "plain", *self.others, *alone]
+
     @model_validator(mode="after")
     def _known(self) -> ElasticConfig:
         for name in self.others:
@@ -57,9 +68,7 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
     tokenizers = get_tokenizers(config, run, session, data)
     get_corpus(config, run, session, tokenizers, data)
     levels = tokenizers.sizes.levels
-    rungs = study.ladder(config.model, levels)
-    names = ["elastic", "plain", *config.others]
-    names += [f"alone {rung.label}" for rung in rungs[1:]] if config.alone else []
+    rungs, names = study.ladder(config.model, levels), config.names(levels)
     samples = ray.put([one for found in held_out(data, tokenizers, config.test).values() for one in found.samples])
     units: dict[str, Any] = {}
     for seed in range(config.seed, config.seed + config.seeds):

@@ -56,6 +56,8 @@ class RLConfig(ErnieConfig):
     """Ablations to run beside the base arm: synchronous, "depth 4", gspo, grpo, dapo, wpsm, hints, noise, ...; all is all."""
     seeds: int = Field(3, ge=1, le=10_000)
     """Paired repetitions of every arm."""
+    tuning: bool = False
+    """Measure on held-out questions that no report uses (sums: most of them are the same), for choosing constants."""
     rollout_actors: int = Field(1, ge=1, le=10_000)
     """Actors that draw the base arm's answers. Their number changes no bit of the result."""
     cpus_per_actor: float = Field(1.0, ge=0)
@@ -130,7 +132,11 @@ def gather(config: RLConfig, bundle: Bundle) -> Material:
     reader = Reader(bundle.text, bundle.visual, bundle.audio, form.channels)
     names = config.rl.environments
     put = partial(ask, names, options, read=reader.prompt, encode=bundle.text.encode)
-    train, test = put(split="train", seeds=range(config.rl.prompts)), put(split="test", seeds=range(config.rl.test))
+    first = 0 if config.tuning else SPARE
+    train, test = (
+        put(split="train", seeds=range(config.rl.prompts)),
+        put(split="test", seeds=range(first, first + config.rl.test)),
+    )
     weights = config.rl.weights.model_dump()
     questions = Questions(names, train, test, 0, turns_of([weights[name] for name in names]))
     warm = tuple(put(split="train", seeds=range(SPARE, SPARE + config.warm.samples)))

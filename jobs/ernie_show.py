@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import wave
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from raysys.data.media import pcm, wav
 from raysys.runtime.run import Run
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.systems.ernie import figures
@@ -43,7 +42,7 @@ def show(run: Run, bundle: Bundle, items: dict[str, Tested], seen: Sequence[Samp
         made = sounds(bundle, items["t2a"].samples[:4], generator, temperature=0.5)
         named = [(item.text, one) for item, one in zip(items["t2a"].items, made, strict=False)]
         run.figure("tones", figures.tones(named, bundle.form.rate, "Sounded from captions"))
-        run.storage.write_bytes("figures/tone.wav", wav(named[0][1], bundle.form.rate))
+        run.storage.write_bytes("figures/tone.wav", wav(pcm(named[0][1]), bundle.form.rate, "generated"))
     lines: list[dict[str, Any]] = []
     for task in ("i2t", "v2t", "a2t"):
         if task in items:
@@ -87,14 +86,3 @@ def routing_figures(run: Run, told: dict[str, Any], counts: dict[str, Any], name
 def by_layer(column: str, label: str, values: list[float]) -> dict[str, Any]:
     """A line of a table with a value for each layer."""
     return {column: label, **{f"layer {i + 1}": f"{v:.2f}" for i, v in enumerate(values)}}
-
-
-def wav(samples: Any, rate: int) -> bytes:
-    """A wave (n,) in [-1, 1] as a 16-bit mono WAV file."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-    return out.getvalue()

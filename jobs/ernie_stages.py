@@ -44,8 +44,8 @@ from raysys.systems.ernie.tokenizers.visual_training import VisualLearner
 State = dict[str, torch.Tensor]
 WORDS = 16
 """Tokens that a caption and the marks around it are reckoned with."""
-MOST = 4096
-"""Training images, videos and waves that a tokenizer is shown."""
+MOST, MOST_BYTES = 4096, 1 << 30
+"""Training images, videos or waves that a tokenizer is shown, and the memory that they may take."""
 
 
 class ErnieConfig(ClusterJob):
@@ -94,6 +94,11 @@ class ErnieConfig(ClusterJob):
             raise ValueError(
                 f"form.samples: got {self.form.samples}; expected a multiple of audio.hop, {self.audio.hop}"
             )
+        if self.execution == "inprocess" and self.train.deepspeed != "off":
+            raise ValueError(f"train.deepspeed: got {self.train.deepspeed} with execution inprocess; it needs actors")
+        if self.model.experts % self.train.expert_parallel:
+            size = self.train.expert_parallel
+            raise ValueError(f"train.expert_parallel: got {size}; it must divide model.experts, {self.model.experts}")
         self.check_shapes()
         data = read(self)
         for task, count in self.pretrain.samples.model_dump().items():
@@ -120,6 +125,19 @@ class ErnieConfig(ClusterJob):
             raise ValueError(
                 f"pretrain.row: got {self.pretrain.row}; a video with its caption has about {needed} tokens"
             )
+
+    def check_apart(self) -> None:
+        """Refuse what a command cannot have that trains many models, each as a Ray task in a process of its own.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if self.execution != "actors":
+            raise ValueError(f"execution: got {self.execution}; this command trains its models as Ray tasks")
+        for name in ("workers", "expert_parallel", "deepspeed"):
+            given, only = getattr(self.train, name), type(self.train).model_fields[name].default
+            if given != only:
+                raise ValueError(f"train.{name}: got {given}; each model of this command is trained in one process")
 
 
 def read(config: ErnieConfig) -> Multimodal:
@@ -207,7 +225,9 @@ def stacked(data: Multimodal, task: str, field: str) -> torch.Tensor | None:
     """Training frames (N, T, C, H, W) or waves (N, n) of a task, the first ones; None if the data has none."""
     if task not in data.tasks:
         return None
-    return torch.from_numpy(np.stack([getattr(item, field) for item in data.train(task)[:MOST]]))
+    items = data.train(task)
+    count = min(MOST, len(items), max(1, MOST_BYTES // getattr(items[0], field).nbytes))
+    return torch.from_numpy(np.stack([getattr(item, field) for item in items[:count]]))
 
 
 def make_visual(setting: VisualSetting, images: Any, videos: Any, seed: int, device: str) -> VisualLearner:

@@ -28,13 +28,16 @@ from raysys.runtime.seeds import Seeds, Stream
 from raysys.runtime.session import Session
 from raysys.runtime.statistics import bootstrap
 from raysys.systems.ernie import study
-from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load
+from raysys.systems.ernie.artifact import Bundle, Tokenizers, describe, load, save
+from raysys.systems.ernie.cut import cost, cut
+from raysys.systems.ernie.elastic import SubModel
 from raysys.systems.ernie.evaluate import batches, held_out_losses
 from raysys.systems.ernie.routing import loads
 from raysys.systems.ernie.samples import samples_of
 from raysys.systems.ernie.stream import Sample
 from raysys.systems.ernie.tasks import MEASURES, measure
 from raysys.systems.ernie.tokenizers.audio_training import report as audio_report
+from raysys.systems.ernie.tokenizers.text import report as text_report
 from raysys.systems.ernie.tokenizers.visual_training import report as visual_report
 
 
@@ -58,9 +61,10 @@ def quality(tokenizers: Tokenizers, data: Multimodal, count: int) -> list[dict[s
         ]
     if "lm" in data.tasks:
         texts = [item.text for item in data.test("lm")[:count]]
-        tokens = sum(len(tokenizers.text.encode(text)) for text in texts)
-        rate = sum(len(text.encode()) for text in texts) / tokens
-        lines.append({"tokenizer": "text", "measure": "bytes per token", "value": f"{rate:.3g}"})
+        lines += [
+            {"tokenizer": "text", "measure": k, "value": f"{v:.3g}"}
+            for k, v in text_report(tokenizers.text, texts).items()
+        ]
     return lines
 
 
@@ -151,6 +155,52 @@ def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
     run.grid("Held-out losses (nats a token, bit or code)", losses)
 
 
+class ExportConfig(ExpertsConfig):
+    """A sub-model of a run as a model of its own, which evaluate, rl and serve.ernie take as any other run."""
+
+    dropped: int = Field(0, ge=0)
+    """Middle layers that are left out, the last ones; never the first layer, nor those that predict audio codes."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Part of the experts of each layer that stays: those that training data uses most."""
+    active: int | None = Field(None, ge=1)
+    """Active experts of a token; by default as many as the run's model has."""
+
+    def check(self) -> None:
+        super().check()
+        told = describe(self.run)
+        if told.model is None:
+            raise ValueError(f"run: got {self.run}, which holds tokenizers but no model")
+        middle = told.model.layers - 1 - told.audio.levels
+        if self.dropped > max(0, middle):
+            raise ValueError(f"dropped: got {self.dropped}; the model has {max(0, middle)} layers that can be left out")
+        most = min(told.model.active, max(1, round(self.share * told.model.experts)))
+        if (self.active or told.model.active) > most:
+            raise ValueError(f"active: got {self.active or told.model.active}; this sub-model has at most {most}")
+        if told.model.routing == "separated" and self.share < 1:
+            raise ValueError(f"share: got {self.share}; a model with separated routing keeps all experts")
+
+
+def export(config: ExportConfig, run: Run, session: Session) -> None:
+    """Cut the sub-model out, save it, and measure both on held-out data: they are equal."""
+    bundle, data = opened(config)
+    model = bundle.model
+    rung = study.Rung("exported", config.dropped, config.share, config.active)
+    sub = rung.of(model.setting, model.levels, loads(model, batches(bundle, training(data, bundle))))
+    own = bundle.with_model(cut(model, sub))
+    save(run.storage, own)
+    samples = [one for found in held_out(data, bundle, config.test).values() for one in found.samples]
+    lines = []
+    for name, losses, one in (
+        ("whole", held_out_losses(bundle, samples), SubModel.full(model.setting)),
+        ("view", held_out_losses(bundle, samples, sub), sub),
+        ("exported", held_out_losses(own, samples), sub),
+    ):
+        told = cost(model, one, study.CONTEXT)
+        sizes = {"parameters": f"{told.total:,}", "active": f"{told.active:,}"}
+        lines.append({"model": name, **sizes, **{task: f"{value:.3f}" for task, value in losses.items()}})
+    run.grid("Held-out losses (nats a token, bit or code)", lines)
+
+
 # ---------------------------------------------------------------- sweep
 
 
@@ -168,6 +218,7 @@ class SweepConfig(SweepFlags, ErnieConfig):
 
     def check(self) -> None:
         super().check()
+        self.check_apart()
         metrics = {"mean_log_loss", *(task for task, n in self.pretrain.samples.model_dump().items() if n)}
         fields = {f"model.{name}" for name in type(self.model).model_fields}
         fields |= {f"pretrain.{name}" for name in type(self.pretrain).model_fields}
@@ -203,5 +254,6 @@ STUDIES: Commands = {
     "tokenizers": (TokenizersConfig, train_tokenizers),
     "experts": (ExpertsConfig, experts),
     "evaluate": (EvaluateConfig, evaluate),
+    "export": (ExportConfig, export),
     "sweep": (SweepConfig, sweep),
 }

@@ -16,6 +16,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
@@ -146,10 +147,10 @@ class Front(Collects):
     def written(self, answer: Event, accept: str) -> Response:
         """An answer as JSON, or as the file itself where that was asked for."""
         output = answer["output"]
-        if RAW.get(output, "none") in accept:
+        if output in RAW and RAW[output] in accept:
             headers = {
                 "X-Generated": "true",
-                "X-Model": answer["model"],
+                "X-Model": quote(answer["model"]),  # headers are Latin-1, names of folders are not
                 "X-Budget": answer["budget"],
                 "X-Seed": str(answer["seed"]),
             }

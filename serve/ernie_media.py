@@ -90,23 +90,6 @@ def png(pixels: F32, mark: str) -> bytes:
     return out.getvalue()
 
 
-def pcm(wave: F32) -> bytes:
-    """16-bit little-endian samples of a wave (n,) in [-1, 1]."""
-    return (np.clip(wave, -1, 1) * 32767).round().astype("<i2").tobytes()
-
-
-def wav(samples: bytes, rate: int, mark: str) -> bytes:
-    """A WAV file of one channel of 16-bit samples, with its mark in the INFO chunks ISFT and ICMT."""
-    info = b"INFO" + _chunk(b"ISFT", b"raysys\0") + _chunk(b"ICMT", mark.encode() + b"\0")
-    form = struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)
-    inside = b"WAVE" + _chunk(b"fmt ", form) + _chunk(b"LIST", info) + _chunk(b"data", samples)
-    return b"RIFF" + struct.pack("<I", len(inside)) + inside
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
-
-
 def text64(content: bytes) -> str:
     """Base64."""
     return base64.b64encode(content).decode()

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysys.data.media import pcm, wav
 from raysys.systems.ernie.artifact import Bundle
 from raysys.systems.ernie.elastic import SubModel
 from raysys.systems.ernie.steps import audio_steps, frame_steps, text_steps
 from raysys.systems.ernie.stream import Sample, Special
-from serve.ernie_media import pcm, png, text64, wav
+from serve.ernie_media import png, text64
 from serve.ernie_turns import Run, Ticket
 
 AHEAD = 3

@@ -1,4 +1,4 @@
-"""Pictures, sounds and texts from files that nobody vouches for, brought to one form.
+"""Pictures, sounds and texts from files that nobody vouches for, brought to one form; and sounds to files.
 
 Notable choices
 - Sizes are bounded before anything is decoded: bytes of the file, pixels or samples that its header announces.
@@ -9,6 +9,7 @@ Notable choices
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 import wave
 from collections.abc import Collection
@@ -161,3 +162,20 @@ def _sound(data: bytes, file: Path | str, rates: Collection[int] | None = None) 
     else:
         found = np.frombuffer(raw, f"<i{depth}").astype(np.float32) / np.float32(2.0 ** (8 * depth - 1))
     return rate, found.reshape(count, channels).mean(1)
+
+
+def pcm(wave: F32) -> bytes:
+    """16-bit little-endian samples of a wave (n,) in [-1, 1]."""
+    return (np.clip(wave, -1, 1) * 32767).round().astype("<i2").tobytes()
+
+
+def wav(samples: bytes, rate: int, mark: str) -> bytes:
+    """A WAV file of one channel of 16-bit samples, with its mark in the INFO chunks ISFT and ICMT."""
+    info = b"INFO" + _chunk(b"ISFT", b"raysys\0") + _chunk(b"ICMT", mark.encode() + b"\0")
+    form = struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)
+    inside = b"WAVE" + _chunk(b"fmt ", form) + _chunk(b"LIST", info) + _chunk(b"data", samples)
+    return b"RIFF" + struct.pack("<I", len(inside)) + inside
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)

@@ -8,9 +8,9 @@
 Without such a subfolder the files of that kind are looked for in FOLDER itself.
 
 Notable choices
-- Held out: of images, clips and sounds those at places 0, 5, 10, ... in the order of their names; of spoken digits those with
-  index 0 to 4, which is that data set's own split; of text the end of each file, so that no held-out piece has a trained one
-  after it.
+- Held out: of images, clips and sounds those at places 0, 5, 10, ... in the order of their names, so that all captions of a
+  picture are in one split; of spoken digits those with index 0 to 4, which is that data set's own split; of text the end of each
+  file, so that no held-out piece has a trained one after it.
 - Pictures are cut to the canvas' proportions around their middle, then resized. Sounds become one channel, are resampled (a
   polyphase filter), brought to one loudness, and cut or padded with silence at the end; how many were cut is said in `note`.
 - Headers are checked when a folder is opened, contents when an item is made. Names in labels.csv and links may not lead out of
@@ -49,7 +49,7 @@ def kinds(folder: Path, form: Form, seed: int) -> dict[str, Kind]:
     made = {}
     for name, read in readers.items():
         own = folder / places[name]
-        kind = read(own if own.is_dir() else folder, form, seed)
+        kind = read(_inside(own, folder) if own.is_dir() else folder, form, seed)
         if kind is not None:
             made[name] = kind
     if not made:
@@ -89,14 +89,14 @@ def _images(folder: Path, form: Form, seed: int) -> Kind | None:
     for file, _, _ in rows:
         picture_size(file)
     made: list[Make] = [partial(_picture, file, text, facts, form) for file, text, facts in rows]
-    return _split(folder, made, None, seed, 0, UNKNOWN, "")
+    return _split(folder, made, _by_name([file.resolve() for file, _, _ in rows]), seed, 0, UNKNOWN, "")
 
 
 def _clips(folder: Path, form: Form, seed: int) -> Kind | None:
     if folder.name != "video":
         return None
     made = []
-    for clip in sorted(p for p in folder.iterdir() if p.is_dir()):
+    for clip in sorted(_inside(p, folder) for p in folder.iterdir() if p.is_dir()):
         files = _files(clip, PICTURES)
         if len(files) < form.frames:
             raise DataError(f"data: {clip} has {len(files)} frames; expected at least {form.frames} .png or .jpg files")
@@ -107,8 +107,7 @@ def _clips(folder: Path, form: Form, seed: int) -> Kind | None:
             made.append((clip, partial(_clip, files[first : first + form.frames], text, form)))
     if not made:
         return None
-    order = sorted({clip for clip, _ in made})
-    held_out = [order.index(clip) % EVERY == 0 for clip, _ in made]  # windows of one clip stay together
+    held_out = _by_name([clip for clip, _ in made])  # windows of one clip stay together
     return _split(folder, [make for _, make in made], held_out, seed, 1, UNKNOWN, "")
 
 
@@ -150,20 +149,19 @@ def _made(making: list[Make], index: int) -> Item:
     return making[index]()
 
 
+def _by_name(sources: list[Path]) -> list[bool]:
+    """Whether each item is held out: every fifth of the different sources is, in the order of their names."""
+    out = {source: i % EVERY == 0 for i, source in enumerate(sorted(set(sources)))}
+    return [out[source] for source in sources]
+
+
 def _split(
-    folder: Path,
-    made: list[Make],
-    held_out: list[bool] | None,
-    seed: int,
-    round: int,
-    licence: str,
-    note: str,
-) -> Kind:
-    """Both splits in an order drawn from the seed; `held_out` by default every fifth item."""
-    out = held_out or [i % EVERY == 0 for i in range(len(made))]
+    folder: Path, made: list[Make], held_out: list[bool], seed: int, round: int, licence: str, note: str
+) -> Kind:  # fmt: skip
+    """Both splits in an order drawn from the seed."""
     parts = []
     for wanted in (False, True):
-        which = [make for make, o in zip(made, out, strict=True) if o == wanted]
+        which = [make for make, out in zip(made, held_out, strict=True) if out == wanted]
         if not which:
             raise DataError(f"data: {folder} has {len(made)} items, all in one split; expected at least two")
         order = Seeds(seed).rng(Stream.SHUFFLE, 1 + round, wanted).permutation(len(which))

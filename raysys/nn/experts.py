@@ -89,7 +89,9 @@ def mixture(
 
 
 def _grouped(x: Tensor, w_in: Tensor, w_out: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-    """`mixture` by grouped products."""
+    """`mixture` by grouped products, which take no empty input."""
+    if not len(plan.rows):
+        return torch.zeros_like(x, dtype=_wide(x.dtype)) + 0 * (x.sum() + w_in.sum() + w_out.sum() + weights.sum())
     offsets = plan.counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x.index_select(0, plan.rows), w_in, offs=offsets).chunk(2, dim=-1)
     out = F.grouped_mm(F.silu(gate) * up * weights[:, None], w_out, offs=offsets)

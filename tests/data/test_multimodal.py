@@ -198,6 +198,32 @@ def test_labels_may_carry_facts(tmp_path: Path) -> None:
     assert data.test("i2t")[0].text == "a, b"
 
 
+def test_all_captions_of_a_picture_are_in_one_split(tmp_path: Path) -> None:
+    rows = ["file,caption"]
+    for i in range(10):
+        Image.fromarray(np.full((16, 16), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    rows += [f"{i}.png,caption {n}" for n in range(5) for i in reversed(range(10))]
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    data = load_multimodal(str(tmp_path))
+    shown = [{float(x.frames.mean()) for x in part} for part in (data.train("i2t"), data.test("i2t"))]
+    assert [len(part) for part in shown] == [8, 2]
+    assert not shown[0] & shown[1]
+    assert sorted({round(255 * x) for x in shown[1]}) == [0, 100]  # 0.png and 5.png
+
+
+@pytest.mark.parametrize("place", ["video/a", "images"])
+def test_folders_that_are_links_out_are_refused(tmp_path: Path, place: str) -> None:
+    for i in range(8):
+        picture(tmp_path / "outside" / f"{i}.png")
+        (tmp_path / "outside" / f"{i}.txt").write_text("x")
+    (tmp_path / "outside" / "caption.txt").write_text("x")
+    link = tmp_path / "data" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match="leads out"):
+        load_multimodal(str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sounds_of_every_depth_are_the_same_sound(tmp_path: Path, depth: int, channels: int) -> None:

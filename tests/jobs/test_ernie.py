@@ -16,7 +16,8 @@ import torch
 
 from jobs import ernie
 from jobs.ernie_elastic import OTHERS
-from jobs.ernie_stages import ErnieConfig
+from jobs.ernie_stages import ErnieConfig, held_out
+from raysys.data.multimodal import Form, load_multimodal
 from raysys.runtime.session import ClusterConfig, Session
 from raysys.systems.ernie.artifact import load
 from raysys.systems.ernie.study import ladder, variant
@@ -55,6 +56,16 @@ REFUSED = {
     "a video that no windows divide": ["pretrain", "--form.frames", "6", "--pretrain.row", "400"],
     "rows too short for a video": ["pretrain", "--form.height", "32", "--form.width", "32"],
     "auxiliary losses of pools": ["pretrain", "--model.routing", "separated", "--model.balance", "aux"],
+    "DeepSpeed in this process": ["pretrain", "--execution", "inprocess", "--train.deepspeed", "zero1"],
+    "experts that the groups do not divide": [
+        "pretrain", "--train.workers", "6", "--pretrain.blocks", "6", "--train.expert-parallel", "6",
+        "--train.deepspeed", "zero1",
+    ],
+    "a study in this process": ["elastic", "--execution", "inprocess"],
+    "a study by several workers": ["elastic", "--train.workers", "2", "--pretrain.blocks", "2"],
+    "a variant that cannot be": ["elastic", "--model.balance", "both"],
+    "a sweep in this process": ["sweep", "--execution", "inprocess"],
+    "export without a run": ["export"],
     "an unknown variant": ["elastic", "--others", "sparse"],
     "evaluate without a run": ["evaluate"],
     "evaluate what is no run": ["evaluate", "--run", "/nowhere"],
@@ -164,7 +175,7 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(plain, tmp_path)
         (run,) = tmp_path.iterdir()
         words, more = [sys.executable, "-m", "jobs.ernie", "pretrain", "--resume", str(run)], []
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-    assert killed
+    assert killed == 2
     assert weights(run) == weights(plain)
 
 
@@ -273,6 +284,40 @@ def test_experts_and_evaluate_read_an_artifact(plain, monkeypatch, capsys, tmp_p
     )
     rows = json.loads((run / "summary.json").read_text())["table"]
     assert {"whole", "k = 1", "half the experts"} <= {row["sub_model"] for row in rows}
+
+
+def test_an_exported_sub_model_is_a_run_of_its_own_and_equals_the_view(plain, monkeypatch, capsys, tmp_path):
+    words = ["export", "--no-wandb", "--run", str(plain), "--test", "4", "--out", str(tmp_path)]
+    run = done([*words, "--dropped", "0", "--share", "0.5", "--active", "1"], monkeypatch, capsys)
+    own = load(str(run))
+    assert (own.model.setting.experts, own.model.setting.active, own.model.setting.layers) == (4, 1, 5)
+    whole, size = (sum(p.numel() for p in load(str(one)).model.parameters()) for one in (plain, run))
+    assert size < whole
+    page = (run / "report.html").read_text()
+    view, exported = (page[page.index(f"<td>{name}</td>") :].split("</tr>")[0] for name in ("view", "exported"))
+    assert view.replace("view", "exported") == exported
+    code, said = call([*words, "--dropped", "1"], monkeypatch, capsys)
+    assert code == 2
+    assert "dropped: got 1" in said.err
+    code, said = call([*words, "--share", "0.1", "--active", "2"], monkeypatch, capsys)
+    assert "active: got 2" in said.err
+
+
+def test_sweeps_choose_on_items_that_no_report_uses(plain):
+    bundle = load(str(plain))
+    data = load_multimodal(bundle.data, 0, Form(**bundle.form.model_dump()))
+
+    def shown(tuning: bool) -> set[bytes]:
+        found = held_out(data, bundle, 3, tuning)
+        assert {task: len(tested.items) for task, tested in found.items()} == dict.fromkeys(TASKS, 3)
+        return {
+            (x.text if x.frames is None else "").encode()
+            + b"".join(a.tobytes() for a in (x.frames, x.wave) if a is not None)
+            for tested in found.values()
+            for x in tested.items
+        }
+
+    assert not shown(False) & shown(True)
 
 
 def test_variants_have_equal_steps_and_the_sizes_they_say():

@@ -194,6 +194,14 @@ def test_images_are_what_is_drawn_offline_and_say_that_they_are_generated(
     assert raw.content == base64.b64decode(answer["image"])
 
 
+def test_an_accept_header_of_anything_else_gets_json(client: httpx.Client) -> None:
+    asked = {"input": [{"text": "a"}], "output": "text", "max_tokens": 2}
+    for accept in ("none", "image/none", "image/png", "text/html"):
+        answer = client.post("/generate", json=asked, headers={"Accept": accept})
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/json"
+
+
 def test_videos_go_on_from_the_frames_that_are_given(client: httpx.Client, bundle: Bundle) -> None:
     first = [png64(seed=7), png64(seed=8)]
     answer = generate(

@@ -73,7 +73,7 @@ def cost(model: UniModel, sub: SubModel, context: int) -> Cost:
     parts = (one.attention, one.norm_attention, one.norm_moe)
     attention = sum(p.numel() for part in parts for p in part.parameters())
     shared, routed = 3 * s.width * s.shared_width, 3 * s.width * s.expert_width
-    router = experts * (s.width + 1)
+    router = experts * (s.width + (s.balance in ("bias", "both")))  # a bias that is not trained is no parameter
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("layers.", "mtp.")))
     total = outside + layers * (attention + shared + router + experts * routed)
     active = outside + layers * (attention + shared + router + sub.active * routed)

@@ -11,7 +11,7 @@ Notable choices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +52,11 @@ def write(
     sub: SubModel | None = None,
     routes: bool = False,
     begun: Sequence[I64] | None = None,
-    told: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Written:
     """Continue prompts by text, until <eos> or `limit` tokens.
 
     Args:
         begun: first tokens (n,) of each answer, which are given (a hint, or what was written before); not in what is returned.
-        told: called with rows and their tokens as they are drawn (streaming).
     """
     draws = torch.rand(len(prompts), limit, generator=generator)
     steps = text_steps(
@@ -68,8 +66,6 @@ def write(
     ended = [False] * len(prompts)
     read = [list[NDArray[np.int16]]() for _ in prompts] if routes else None
     for rows, token, value, out, valid, seen in steps:
-        if told is not None:
-            told(rows, token)
         for row, t, v in zip(rows.tolist(), token.tolist(), value.tolist(), strict=True):
             logp[row].append(v)
             if t == Special.EOS:
@@ -148,27 +144,20 @@ def draw(
     guidance: float = 0.0,
     given: Tensor | None = None,
     sub: SubModel | None = None,
-    told: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images (frames = 1) or videos after prompts without images.
 
     Args:
         given: (R, g, h, w, d) normalised latents of first frames to go on from.
-        told: called with each finished frame's number and accumulated code (R, h, w, d) (streaming).
 
     Returns:
         (R, T, h, w, d) accumulated codes, which the visual tokenizer decodes.
     """
-    done = []
-    for step in frame_steps(
+    steps = frame_steps(
         model, bits, prompts, frames=frames, generator=generator, temperature=temperature, guidance=guidance,
         given=given, sub=sub,
-    ):  # fmt: skip
-        if step.last:
-            done.append(step.acc)
-            if told is not None:
-                told(step.frame, step.acc)
-    return torch.stack(done, 1)
+    )  # fmt: skip
+    return torch.stack([step.acc for step in steps if step.last], 1)
 
 
 @torch.no_grad()
@@ -180,17 +169,10 @@ def speak(
     temperature: float,
     generator: torch.Generator,
     sub: SubModel | None = None,
-    told: Callable[[Tensor, Tensor], None] | None = None,
 ) -> list[I64]:
-    """Audio after prompts: codes (n, Q) of each, until its end or `limit` frames.
-
-    Args:
-        told: called with rows and the codes (rows, Q) of their next frame (streaming).
-    """
+    """Audio after prompts: codes (n, Q) of each, until its end or `limit` frames."""
     found = [list[Tensor]() for _ in prompts]
     for rows, chosen in audio_steps(model, prompts, limit=limit, temperature=temperature, generator=generator, sub=sub):
-        if told is not None:
-            told(rows, chosen)
         for row, one in zip(rows.tolist(), chosen.cpu(), strict=True):
             found[row].append(one)
     return [torch.stack(one).numpy() if one else np.zeros((0, model.levels), np.int64) for one in found]

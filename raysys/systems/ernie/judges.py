@@ -13,7 +13,7 @@ Facts are named strings, as items of `raysys.data.multimodal` have them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -122,19 +122,6 @@ def facts_of(caption: str) -> Facts:
         if found:
             told[name] = found[-1] if len(set(found)) == 1 else "several"
     return told
-
-
-def agreement(told: Sequence[Mapping[str, str]], truth: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """For each fact of the truth, the share of items in which the judged one is the same; a missing one counts as wrong."""
-    if len(told) != len(truth) or not truth:
-        raise ValueError(f"got {len(told)} judgements of {len(truth)} items; expected as many, and at least one")
-    names = sorted({name for facts in truth for name in facts})
-    return {
-        name: float(
-            np.mean([t.get(name) == facts[name] for t, facts in zip(told, truth, strict=True) if name in facts])
-        )
-        for name in names
-    }
 
 
 def _ink(frames: F32) -> F32:

@@ -14,11 +14,13 @@ Notable choices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,15 +28,18 @@ from raysys.nn.balance import parameter_groups, switch_loss, z_loss
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.runtime.sentences import UserError
 from raysys.systems.ernie.batch import Batch, Plan, pack
+from raysys.systems.ernie.corpus import SIZE
 from raysys.systems.ernie.elastic import sample as sample_elastic
 from raysys.systems.ernie.model import Outputs, UniModel, bit_loss
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting, Sizes
-from raysys.systems.ernie.stream import TASKS, Sample, Text, lay
+from raysys.systems.ernie.stream import TASKS, Laid, Sample, Text, lay
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 
 GENERATED = ("t2i", "t2v", "t2a")
 FOLLOW = 0.05
 """By how much a usual size may change in a step, as a share of it."""
+WHOLE, WINDOW = 8192, 4
+"""Samples of a task that are shuffled as a whole; of more, so many shards at a time."""
 NUDGE = 2.0**-40
 """Size of a gradient of which only the sign is used; far below all others, so that it leaves a clipped norm alone."""
 
@@ -96,8 +101,19 @@ class Draw:
             for old in [key for key in self._orders if key[0] == task and key[1] < epoch - 1]:
                 del self._orders[old]
             rng = self.seeds.rng(Stream.BATCH, TASKS.index(task), epoch)
-            self._orders[task, epoch] = rng.permutation(self.corpus.size(task))
+            self._orders[task, epoch] = shuffled(self.corpus.size(task), rng)
         return int(self._orders[task, epoch][place])
+
+
+def shuffled(size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """An order (size,) of a task's samples. Of a large corpus, shards are shuffled, then samples within a window of shards, so
+    that each shard is read once in an epoch."""
+    if size <= WHOLE:
+        return rng.permutation(size)
+    shards = [np.arange(first, min(first + SIZE, size)) for first in range(0, size, SIZE)]
+    order = rng.permutation(len(shards))
+    windows = (order[i : i + WINDOW] for i in range(0, len(order), WINDOW))
+    return np.concatenate([rng.permutation(np.concatenate([shards[n] for n in window])) for window in windows])
 
 
 class Pretraining:
@@ -139,20 +155,13 @@ class Pretraining:
     def batch(self, step: int, block: int) -> Batch:
         """What a block is trained on."""
         generator = self.seeds.generator(Stream.SHUFFLE, block, step)
-        samples = [
-            self._unconditional(fitted(one, self.setting.row), generator) for one in self.draw.samples(step, block)
-        ]
+        samples = [self._unconditional(one, generator) for one in self.draw.samples(step, block)]
         s = self.module.model.sizes
 
         def planner(latents: Tensor) -> Plan:
             return flipped(self.bits, latents, self.setting.flip, generator)
 
-        laid = [lay(one, s.scales) for one in samples]
-        longest = max(laid, key=len)
-        if len(longest) > self.setting.row:
-            raise UserError(
-                f"pretrain.row: got {self.setting.row}; a sample of {longest.sample.task} has {len(longest)} tokens"
-            )
+        laid = [fitted(one, self.setting.row, s.scales) for one in samples]
         return pack(laid, self.setting.row, planner, s.bits, s.levels, s.codes).to(self.device)
 
     def _unconditional(self, sample: Sample, generator: torch.Generator) -> Sample:
@@ -189,12 +198,26 @@ class Pretraining:
         return {task: self._metrics.get(task, 0.0) for task in self.draw.counts}
 
 
-def fitted(sample: Sample, row: int) -> Sample:
-    """A sample whose running text fits a row: a longer one is cut."""
-    text = sample.segments[0]
-    if sample.task != "lm" or not isinstance(text, Text) or len(text.ids) < row:
-        return sample
-    return replace(sample, segments=(Text(text.ids[:row], True, closed=False),))
+def fitted(sample: Sample, row: int, scales: Sequence[tuple[int, int]]) -> Laid:
+    """A sample laid out; text or a caption that is too long for a row is cut at its end.
+
+    Raises:
+        UserError: it does not fit without its text either.
+    """
+    laid = lay(sample, scales)
+    over = len(laid) - row
+    if over <= 0:
+        return laid
+    for i, text in enumerate(sample.segments):
+        if isinstance(text, Text):
+            left = (
+                len(text.ids) - over + (text.predicted and text.closed)
+            )  # <eos> is not predicted, which frees a place
+            cut = Text(text.ids[: max(0, left)], text.predicted, closed=False)
+            laid = lay(replace(sample, segments=(*sample.segments[:i], cut, *sample.segments[i + 1 :])), scales)
+    if len(laid) > row:
+        raise UserError(f"pretrain.row: got {row}; a sample of {sample.task} has {len(laid)} tokens without its text")
+    return laid
 
 
 def flipped(bits: MultiScaleBits, latents: Tensor, most: float, generator: torch.Generator) -> Plan:

@@ -8,7 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysys.data.multimodal import Item
-from raysys.systems.ernie.judges import F32, Facts, Judge, agreement
+from raysys.systems.ernie.judges import F32, Facts, Judge
+
+
+def agreement(told: Sequence[Mapping[str, str]], truth: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """For each fact of the truth, the share of items in which the judged one is the same; a missing one counts as wrong."""
+    if len(told) != len(truth) or not truth:
+        raise ValueError(f"got {len(told)} judgements of {len(truth)} items; expected as many, and at least one")
+    names = sorted({name for facts in truth for name in facts})
+    return {
+        name: float(
+            np.mean([t.get(name) == facts[name] for t, facts in zip(told, truth, strict=True) if name in facts])
+        )
+        for name in names
+    }
 
 
 class SpokenJudge:

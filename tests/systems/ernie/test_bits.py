@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from raysys.systems.ernie.tokenizers.bits import MultiScaleBits, pyramid
@@ -122,21 +120,6 @@ def test_strength_is_the_share_of_flipped_bits() -> None:
         plan = made.plan(z, torch.full((2000, 1), strength), torch.Generator().manual_seed(1))
         share = ((plan.inputs[0] > 0) != plan.bits[0]).double().mean()
         assert float(share) == pytest.approx(strength, abs=0.004)  # 512,000 draws: standard error below 0.0007
-
-
-@given(st.integers(1, 62), st.data())
-@settings(max_examples=50, deadline=None)
-def test_bits_and_index_are_the_same_thing(width: int, data: st.DataObject) -> None:
-    made = MultiScaleBits([(1, 1)], width)
-    number = torch.tensor(data.draw(st.lists(st.integers(0, 2**width - 1), min_size=1, max_size=8)))
-    assert torch.equal(made.index(made.bits_of(number)), number)
-    assert made.bits_of(number).shape == (len(number), width)
-
-
-def test_all_tokens_of_four_bits_have_their_own_index() -> None:
-    made = MultiScaleBits([(1, 1)], 4)
-    assert made.index(made.bits_of(torch.arange(16))).tolist() == list(range(16))
-    assert made.bits_of(torch.tensor([1]))[0].tolist() == [True, False, False, False]
 
 
 def test_repeating_then_averaging_is_the_identity() -> None:

@@ -60,6 +60,13 @@ def test_accounting_equals_the_parameters_of_the_model_cut_out(name):
     assert found.active == found.total - e + e * sub.active // own.setting.experts
 
 
+@pytest.mark.parametrize("balance", ["none", "aux"])
+def test_a_bias_that_is_not_trained_is_no_parameter(balance):
+    model = small_model(SMALL.with_values({"balance": balance}))
+    own = cut(model, SUBS["all"])
+    assert cost(model, SUBS["all"], 10).total == sum(p.numel() for p in own.parameters())
+
+
 def test_rows_with_sub_models_of_their_own_equal_each_by_itself():
     model, given = small_model(), samples()
     batch = packed(given)

@@ -120,26 +120,6 @@ def test_no_guidance_is_guidance_zero_and_guidance_changes_images():
     assert not torch.equal(plain, large)
 
 
-def test_streaming_tells_what_is_returned():
-    model, rng, told = small_model(), np.random.default_rng(2), []
-    found = write(
-        model, prompts(), limit=6, temperature=1.0, generator=generator(3), told=lambda r, t: told.append((r, t))
-    )
-    heard = [[] for _ in prompts()]
-    for rows, tokens in told:
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            heard[row].append(token)
-    for ids, ended, got in zip(found.ids, found.ended, heard, strict=True):
-        assert got == [*ids.tolist(), *([int(Special.EOS)] if ended else [])]
-    frames = []
-    acc = draw(
-        model, quantiser(), [Sample("t2v", (text(rng, 3, False),))], frames=2, generator=generator(),
-        told=lambda n, a: frames.append((n, a)),
-    )  # fmt: skip
-    assert [n for n, _ in frames] == [0, 1]
-    assert torch.equal(torch.stack([a for _, a in frames], 1), acc)
-
-
 def test_an_answer_without_its_end_predicts_all_its_tokens():
     model = small_model()
     answer = np.array([12, 13, 14])

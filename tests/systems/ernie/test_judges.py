@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spoken_for_tests import SpokenJudge, ceiling
+from spoken_for_tests import SpokenJudge, agreement, ceiling
 
 from raysys.data.multimodal import Form, load_multimodal
 from raysys.systems.ernie.judges import (
     ToneJudge,
-    agreement,
     digit_judge,
     facts_of,
 )

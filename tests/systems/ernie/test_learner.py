@@ -5,12 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from streams_for_tests import SIZES, SMALL, packed, quantiser, samples, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streams_for_tests import SCALES, SIZES, SMALL, audio, packed, quantiser, samples, small_model, text, vision
 
+from raysys.runtime.sentences import UserError
 from raysys.runtime.train import TrainConfig, fit_here
-from raysys.systems.ernie.learner import NUDGE, Draw, Pretrained, Pretraining, _Follow, code_losses, flipped, losses
+from raysys.systems.ernie.corpus import SIZE
+from raysys.systems.ernie.learner import (
+    NUDGE,
+    WHOLE,
+    WINDOW,
+    Draw,
+    Pretrained,
+    Pretraining,
+    _Follow,
+    code_losses,
+    fitted,
+    flipped,
+    losses,
+    shuffled,
+)
 from raysys.systems.ernie.setting import Counts, PretrainSetting
-from raysys.systems.ernie.stream import TASKS, Text
+from raysys.systems.ernie.stream import TASKS, Sample, Special, Text, lay
 
 
 class Few:
@@ -57,7 +74,42 @@ def test_a_block_is_a_function_of_step_and_block():
         assert torch.equal(a.bits, b.bits)
 
 
-def test_training_in_one_go_and_in_parts_gives_the_same_bits(tmp_path):
+@given(st.integers(1, 12_000), st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_a_large_corpus_is_shuffled_a_few_shards_at_a_time(size, seed):
+    order = shuffled(size, np.random.default_rng(seed))
+    assert sorted(order.tolist()) == list(range(size))
+    if size > WHOLE:
+        place = np.argsort(order)
+        for first in range(0, size, SIZE):
+            assert np.ptp(place[first : first + SIZE]) < WINDOW * SIZE
+        assert (np.diff(order) != 1).mean() > 0.9
+
+
+@given(st.integers(1, 60), st.booleans(), st.sampled_from(["lm", "t2i", "a2t"]))
+@settings(max_examples=60, deadline=None)
+def test_a_text_that_is_too_long_for_a_row_is_cut_at_its_end(words, closed, task):
+    rng = np.random.default_rng(words)
+    said = text(rng, words, task != "t2i", closed)
+    segments = {"lm": (said,), "t2i": (said, vision(rng, 1)), "a2t": (audio(rng, 5, False), said)}[task]
+    sample = Sample(task, segments)
+    whole, laid = lay(sample, SCALES), fitted(sample, 40, SCALES)
+    assert len(laid) == min(40, len(whole))
+    if len(whole) > 40 and task != "t2i":
+        assert laid.ids == whole.ids[:40]
+        assert laid.next[:-1] == whole.next[:39]
+        assert Special.EOS not in laid.next
+    if task == "t2i":
+        assert laid.bit_at[0] == [place - len(whole) + len(laid) for place in whole.bit_at[0]]
+
+
+def test_what_does_not_fit_without_its_text_is_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match=r"a sample of t2i has \d+ tokens without its text"):
+        fitted(Sample("t2i", (text(rng, 3, False), vision(rng, 1))), 20, SCALES)
+
+
+def test_training_twice_gives_the_same_bits():
     whole = fit_here(None, lambda device: learner(), TrainConfig(clip=1.0))
     again = fit_here(None, lambda device: learner(), TrainConfig(clip=1.0))
     assert whole.keys() == again.keys()

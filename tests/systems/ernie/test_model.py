@@ -178,6 +178,32 @@ def test_multi_token_prediction_has_the_second_next_token_of_text_only():
     assert out.further.shape == (int((batch.further >= 0).sum()), SIZES.vocabulary)
 
 
+@pytest.mark.parametrize("index", range(7))
+def test_multi_token_prediction_sees_the_next_token_and_no_later_one(index):
+    """The gradient of what is predicted after next: with respect to the next token it is not zero, to later ones exactly."""
+    model, batch = small_model().double(), packed([samples()[index], samples(1)[index]], 400)
+    batch = replace(batch, position=batch.position.double(), visual=batch.visual.double())
+    if batch.seen:
+        cnn, pixels = batch.seen[0].cnn.double(), batch.seen[0].pixels.double()
+        batch = replace(batch, seen=(replace(batch.seen[0], cnn=cnn, pixels=pixels),))
+    x = model.embed(batch).detach().requires_grad_()
+    words = model.embed_text(batch.next.clamp(min=0)).detach().requires_grad_()
+    rows = (batch.further >= 0).any(1)
+    model.embed = lambda _: x
+    model.mtp.register_forward_pre_hook(lambda _, given: (given[0], words[rows], *given[2:]))
+    predicts = (batch.further >= 0).nonzero()
+    out = model(batch, further=True)
+    for n, (row, at) in enumerate(predicts.tolist()):
+        by_input, by_word = torch.autograd.grad(out.further[n].sum(), (x, words), retain_graph=True, allow_unused=True)
+        seen, heard = by_input.abs().sum(-1) > 0, by_word.abs().sum(-1) > 0
+        mine = (batch.doc[row] == batch.doc[row, at]) & batch.valid[row]
+        assert not seen[row][~mine | (batch.group[row] > batch.group[row, at])].any()
+        assert seen[row][mine & (batch.group[row] <= batch.group[row, at])].all()
+        assert heard[row, at]
+        assert not heard[row][~mine | (batch.group[row] > batch.group[row, at])].any()
+    assert bool(len(predicts)) == (index in (0, 2, 4, 6))
+
+
 def test_separated_routing_keeps_modalities_apart():
     own = separated(8)
     assert own.sum(0).tolist() == [1] * 8

@@ -28,7 +28,7 @@ def test_every_text_comes_back(text: str) -> None:
     ids = TOKENIZER.encode(text)
     assert ids.dtype == np.int64
     assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.bytes_of(ids) == len(text.encode())
+    assert len(TOKENIZER.decode_bytes(ids)) == len(text.encode())
     assert (ids >= len(SPECIALS)).all()
 
 

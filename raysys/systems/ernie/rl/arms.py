@@ -28,6 +28,7 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "wpsm": {"objective.wpsm_alpha": 1.0},
     "hints": {"hints.initial": 0.6},
     "bf16": {"mismatch": "bf16"},
+    "r3": {"replay_routes": True},
     "noise": {**NOISE},
     "noise gspo": {**NOISE, **OFF},
     "noise gspo icepop": {**NOISE, "objective.level": "sequence"},

@@ -21,7 +21,8 @@ from raysys.systems.ernie.environments.question import Split
 
 I64 = NDArray[np.int64]
 SPARE = 1_000_000
-"""Seeds from here on are the warm start's: other draws than those of RL. Sums are few, and most come in both."""
+"""Seeds from here on are the warm start's and the reports': other draws than those of RL, and of tuning. Sums are few, and most
+come in both."""
 
 PATIENCE = 20
 """Seeds that are tried for each held-out question."""

@@ -154,14 +154,6 @@ class MultiScaleBits(nn.Module):
         """An accumulated code (..., h, w, d) at the size of scale k: (..., h_k, w_k, d), the mean over areas."""
         return _down(acc, self.scales[k])
 
-    def index(self, bits: Tensor) -> Tensor:
-        """The number (...) int64 in [0, 2^d) of tokens (..., d); bit 0 is the lowest."""
-        return (bits.long() << torch.arange(self.width, device=bits.device)).sum(-1)
-
-    def bits_of(self, index: Tensor) -> Tensor:
-        """The bits (..., d) bool of numbers (...): what `index` counts."""
-        return (index[..., None] >> torch.arange(self.width, device=index.device)) & 1 > 0
-
     def entropy(self, z: Tensor) -> list[float]:
         """For each scale the mean entropy of a bit, in bits (1 is best), over normalised grids `z` (..., h, w, d)."""
         told = []

@@ -109,10 +109,6 @@ class TextTokenizer:
                 raise ValueError(f"a token is 0 to {self.size - 1}, got {i}")
         return b"".join(self._bytes[i] for i in numbers)
 
-    def bytes_of(self, ids: Iterable[int]) -> int:
-        """How many bytes ids stand for: what a loss in bits per byte divides by."""
-        return len(self.decode_bytes(ids))
-
     def to_bytes(self) -> bytes:
         """JSON that `from_bytes` reads."""
         return json.dumps({"format": FORMAT, "kind": "byte-level BPE", "merges": self.merges}).encode()

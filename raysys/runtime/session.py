@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,6 +37,22 @@ SINGLE_THREADED = {
 
 
 KNOCK_S = 15.0
+
+
+@contextmanager
+def environment_of(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for processes that are started meanwhile. A Ray that is started so hands them to all its workers, those that it
+    starts in advance included; for a job with an environment of its own (`runtime_env`) all are started anew."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 
 class ClusterConfig(Config):
@@ -70,22 +88,22 @@ class Session:
             return self
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = self.config.address or os.environ.get("RAY_ADDRESS")
-        environment = {"env_vars": SINGLE_THREADED}
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 knock(address)
+                environment = {"env_vars": SINGLE_THREADED}
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=environment)
             else:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                ray.init(
-                    address="local",  # without it Ray would join whatever cluster somebody started on this machine
-                    num_cpus=cores(),
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    runtime_env=environment,
-                )
+                with environment_of(SINGLE_THREADED):
+                    ray.init(
+                        address="local",  # without it Ray would join whatever cluster somebody started on this machine
+                        num_cpus=cores(),
+                        include_dashboard=False,
+                        logging_level=logging.ERROR,
+                        log_to_driver=False,
+                    )
         except (OSError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {address}" if address else "an embedded Ray"
             raise UserError(

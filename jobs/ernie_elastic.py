@@ -77,7 +77,7 @@ def elastic(config: ElasticConfig, run: Run, session: Session) -> None:
             own = rungs if name in ("elastic", "plain") else rungs[:1]
             units[f"seed{seed}/{name}"] = (
                 train_unit,
-                (model, pretrain, run.path, samples, own, seed, config.train),
+                (model, pretrain, run.path, samples, own, name == "elastic", seed, config.train),
             )
     found = run_stages(run, session, units, "elastic study")
     results = [
@@ -92,13 +92,14 @@ def train_unit(
     run: str,
     samples: list[Sample],
     rungs: list[study.Rung],
+    timed: bool,
     seed: int,
     spread: Spread,
 ) -> dict[str, Any]:
     """One model in this process: trained, then measured at each rung on held-out samples."""
     bundle = train_beside(model, pretrain, run, seed, spread)
     seen = study.as_trained(Corpus.open(Storage(run)), pretrain.samples.model_dump())
-    return study.examine(bundle, seen, samples, rungs)
+    return study.examine(bundle, seen, samples, rungs, timed)
 
 
 def report(run: Run, results: list[dict[str, Any]], names: list[str], rungs: list[study.Rung]) -> None:

@@ -71,6 +71,8 @@ class RLConfig(ErnieConfig):
         return [name for name in ARMS if name != BASE and (name in self.arms or "all" in self.arms)]
 
     def check(self) -> None:
+        told = describe(self.run).model if self.run else None
+        self.check_train(told or self.model)
         for name in self.arms:
             if name != "all":
                 arm(name, self.rl)

@@ -32,7 +32,7 @@ from raysys.systems.ernie.learner import Pretraining
 from raysys.systems.ernie.model import UniModel
 from raysys.systems.ernie.samples import samples_of
 from raysys.systems.ernie.setting import FormSetting, ModelSetting, PretrainSetting, Sizes
-from raysys.systems.ernie.stream import window
+from raysys.systems.ernie.stream import Sample, Text, lay, window
 from raysys.systems.ernie.tasks import Tested
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
 from raysys.systems.ernie.tokenizers.audio_training import AudioLearner
@@ -94,19 +94,15 @@ class ErnieConfig(ClusterJob):
             raise ValueError(
                 f"form.samples: got {self.form.samples}; expected a multiple of audio.hop, {self.audio.hop}"
             )
-        if self.execution == "inprocess" and self.train.deepspeed != "off":
-            raise ValueError(f"train.deepspeed: got {self.train.deepspeed} with execution inprocess; it needs actors")
-        if self.model.experts % self.train.expert_parallel:
-            size = self.train.expert_parallel
-            raise ValueError(f"train.expert_parallel: got {size}; it must divide model.experts, {self.model.experts}")
-        self.check_shapes()
+        self.check_train(self.model)
         data = read(self)
         for task, count in self.pretrain.samples.model_dump().items():
             if count and task not in data.tasks:
                 raise ValueError(f"pretrain.samples.{task}: got {count}; {self.data} has only {', '.join(data.tasks)}")
+        self.check_shapes(data)
 
-    def check_shapes(self) -> None:
-        """Refuse sizes that do not fit each other.
+    def check_shapes(self, data: Multimodal) -> None:
+        """Refuse sizes that do not fit each other or an item of the data.
 
         Raises:
             ValueError: one sentence.
@@ -117,13 +113,32 @@ class ErnieConfig(ClusterJob):
                 f"model.layers: got {self.model.layers}; audio.levels is {levels}, and needs as many layers"
             )
         visual = VisualTokenizer(self.visual, form.channels, form.height, form.width)
-        frames = visual.latent_frames(form.frames)
+        visual.latent_frames(form.frames)
         window(form.frames)
-        grid = visual.scales[-1]
-        needed = frames * (sum(h * w for h, w in visual.scales[1:]) + grid[0] * grid[1]) + WORDS
-        if self.pretrain.samples.t2v and needed > self.pretrain.row:
+        codecs = Tokenizers(form, TextTokenizer([]), visual.eval(), AudioCodec(self.audio).eval(), "", "", ())
+        for task, count in self.pretrain.samples.model_dump().items():
+            if task == "lm" or not count:
+                continue
+            (sample,) = samples_of(codecs, data.train(task)[:1])
+            bare = tuple(segment for segment in sample.segments if not isinstance(segment, Text))
+            needed = len(lay(Sample(task, bare), visual.scales)) + WORDS
+            if needed > self.pretrain.row:
+                raise ValueError(
+                    f"pretrain.row: got {self.pretrain.row}; a sample of {task} has {needed} tokens with a short caption"
+                )
+
+    def check_train(self, model: ModelSetting) -> None:
+        """Refuse ways of training that this model or this execution cannot have.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if self.execution == "inprocess" and self.train.deepspeed != "off":
+            raise ValueError(f"train.deepspeed: got {self.train.deepspeed} with execution inprocess; it needs actors")
+        if model.experts % self.train.expert_parallel:
+            size = self.train.expert_parallel
             raise ValueError(
-                f"pretrain.row: got {self.pretrain.row}; a video with its caption has about {needed} tokens"
+                f"train.expert_parallel: got {size}; it must divide the {model.experts} experts of a layer"
             )
 
     def check_apart(self) -> None:
@@ -134,7 +149,7 @@ class ErnieConfig(ClusterJob):
         """
         if self.execution != "actors":
             raise ValueError(f"execution: got {self.execution}; this command trains its models as Ray tasks")
-        for name in ("workers", "expert_parallel", "deepspeed"):
+        for name in ("workers", "gpus_per_worker", "expert_parallel", "deepspeed"):
             given, only = getattr(self.train, name), type(self.train).model_fields[name].default
             if given != only:
                 raise ValueError(f"train.{name}: got {given}; each model of this command is trained in one process")
@@ -262,7 +277,8 @@ def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Toke
 
 def held_out(data: Multimodal, tokenizers: Tokenizers, count: int, tuning: bool = False) -> dict[str, Tested]:
     """Up to `count` held-out items of each task (of every n-th where there are more, so that all kinds are met): of those at even
-    places, which are for reports, or at odd ones, which are for choosing constants."""
+    places, which are for reports, or at odd ones, which are for choosing constants. A digit or a picture may be behind items of
+    both, in another place or with another caption; none is behind an item of training."""
     found = {}
     for task in data.tasks:
         items = data.test(task)
@@ -286,7 +302,7 @@ def pretrain_model(
     sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
     make = partial(make_pretraining, config.model, config.pretrain, sizes, quantiser, run.path, seed)
     state = trainer(config, run, session, progress)(f"seed{seed}/backbone", make)
-    return Bundle.of(tokenizers, trained_model(config.model, sizes, state))
+    return Bundle.of(tokenizers, trained_model(config.model, sizes, state), config.pretrain.samples)
 
 
 def train_beside(model: ModelSetting, pretrain: PretrainSetting, run: str, seed: int, spread: Spread) -> Bundle:
@@ -294,4 +310,4 @@ def train_beside(model: ModelSetting, pretrain: PretrainSetting, run: str, seed:
     tokenizers = load_tokenizers(run)
     sizes, quantiser = tokenizers.sizes, tokenizers.visual.quantiser.state_dict()
     make = partial(make_pretraining, model, pretrain, sizes, quantiser, run, seed)
-    return Bundle.of(tokenizers, trained_model(model, sizes, fit_here(None, make, alone(spread))))
+    return Bundle.of(tokenizers, trained_model(model, sizes, fit_here(None, make, alone(spread))), pretrain.samples)

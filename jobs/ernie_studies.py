@@ -47,20 +47,22 @@ def quality(tokenizers: Tokenizers, data: Multimodal, count: int) -> list[dict[s
     for task, label in (("t2i", "images"), ("t2v", "videos")):
         if task in data.tasks:
             frames = torch.from_numpy(
-                np.stack([item.frames for item in data.test(task)[:count] if item.frames is not None])
+                np.stack([item.frames for item in data.test(task)[::2][:count] if item.frames is not None])
             )
             lines += [
                 {"tokenizer": f"visual, {label}", "measure": k, "value": f"{v:.4g}"}
                 for k, v in visual_report(tokenizers.visual, frames).items()
             ]
     if "t2a" in data.tasks:
-        waves = torch.from_numpy(np.stack([item.wave for item in data.test("t2a")[:count] if item.wave is not None]))
+        waves = torch.from_numpy(
+            np.stack([item.wave for item in data.test("t2a")[::2][:count] if item.wave is not None])
+        )
         lines += [
             {"tokenizer": "audio", "measure": k, "value": f"{v:.4g}"}
             for k, v in audio_report(tokenizers.audio, waves).items()
         ]
     if "lm" in data.tasks:
-        texts = [item.text for item in data.test("lm")[:count]]
+        texts = [item.text for item in data.test("lm")[::2][:count]]
         lines += [
             {"tokenizer": "text", "measure": k, "value": f"{v:.3g}"}
             for k, v in text_report(tokenizers.text, texts).items()
@@ -112,9 +114,15 @@ def opened(config: ExpertsConfig) -> tuple[Bundle, Multimodal]:
     return bundle, load_multimodal(config.data or bundle.data, config.seed, Form(**bundle.form.model_dump()))
 
 
-def training(data: Multimodal, bundle: Bundle, each: int = 40) -> list[Sample]:
-    """The first training samples of each task, from which the most used experts and the balance are told."""
-    return [one for task in data.tasks for one in samples_of(bundle, data.train(task)[:each])]
+def training(data: Multimodal, bundle: Bundle) -> list[Sample]:
+    """Training samples of so many steps, as often of each task as the model was trained on it (`study.as_trained`)."""
+    counts = bundle.samples.model_dump().items()
+    return [
+        one
+        for task, n in counts
+        if task in data.tasks
+        for one in samples_of(bundle, data.train(task)[: n * study.STEPS])
+    ]
 
 
 def experts(config: ExpertsConfig, run: Run, session: Session) -> None:
@@ -151,7 +159,7 @@ def evaluate(config: EvaluateConfig, run: Run, session: Session) -> None:
                     interval = bootstrap(values[m.fact], lambda v: float(v.mean()), rng)
                     run.row(f"{m.task} {m.fact}", interval, sub_model=rung.label)
                     line[rung.label] = f"{interval.mean:.2f}"
-    run.grid(f"Tasks on held-out data ({config.test} items each)", list(lines.values()))
+    run.grid(f"Tasks on held-out data (up to {config.test} items each)", list(lines.values()))
     run.grid("Held-out losses (nats a token, bit or code)", losses)
 
 
@@ -214,7 +222,7 @@ class SweepConfig(SweepFlags, ErnieConfig):
     mode: Literal["max", "min"] = "min"
     """Whether more or less of the metric is better."""
     test: int = Field(60, ge=1)
-    """Held-out samples of each task; none of them is used by other commands."""
+    """Held-out samples of each task: others than those that reports are about."""
 
     def check(self) -> None:
         super().check()

@@ -150,7 +150,7 @@ class Front(Collects):
         if output in RAW and RAW[output] in accept:
             headers = {
                 "X-Generated": "true",
-                "X-Model": quote(answer["model"]),  # headers are Latin-1, names of folders are not
+                "X-Model": quote(answer["model"], safe="@"),  # headers are Latin-1, names of folders are not
                 "X-Budget": answer["budget"],
                 "X-Seed": str(answer["seed"]),
             }

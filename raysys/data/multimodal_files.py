@@ -107,7 +107,7 @@ def _clips(folder: Path, form: Form, seed: int) -> Kind | None:
             made.append((clip, partial(_clip, files[first : first + form.frames], text, form)))
     if not made:
         return None
-    held_out = _by_name([clip for clip, _ in made])  # windows of one clip stay together
+    held_out = _by_name([clip.resolve() for clip, _ in made])  # windows of one clip stay together
     return _split(folder, [make for _, make in made], held_out, seed, 1, UNKNOWN, "")
 
 

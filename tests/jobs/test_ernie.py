@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import ernie
+from jobs import ernie, ernie_studies
 from jobs.ernie_elastic import OTHERS
 from jobs.ernie_stages import ErnieConfig, held_out
 from raysys.data.multimodal import Form, load_multimodal
 from raysys.runtime.session import ClusterConfig, Session
-from raysys.systems.ernie.artifact import load
+from raysys.runtime.storage import Storage
+from raysys.systems.ernie.artifact import Bundle, load, load_tokenizers, save
+from raysys.systems.ernie.model import UniModel
+from raysys.systems.ernie.setting import Counts
 from raysys.systems.ernie.study import ladder, variant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +70,11 @@ REFUSED = {
     "a variant that cannot be": ["elastic", "--model.balance", "both"],
     "a sweep in this process": ["sweep", "--execution", "inprocess"],
     "export without a run": ["export"],
+    "rows too short for a sound": ["pretrain", "--form.samples", "32768"],
+    "rows too short for an image": [
+        "pretrain", "--form.height", "64", "--form.width", "64", "--pretrain.samples.t2v", "0", "--pretrain.samples.v2t", "0",
+    ],
+    "a study on GPUs": ["elastic", "--train.gpus-per-worker", "1"],
     "an unknown variant": ["elastic", "--others", "sparse"],
     "evaluate without a run": ["evaluate"],
     "evaluate what is no run": ["evaluate", "--run", "/nowhere"],
@@ -260,14 +269,16 @@ def test_the_elastic_study_compares_all_ways(plain, ray_cluster, tmp_path):
         assert {row["trained"] for row in run.table} >= {"elastic", "plain", *OTHERS, "alone k = 1"}
 
 
-def test_a_sweep_measures_every_trial(plain, ray_cluster, tmp_path):
+def test_a_sweep_measures_every_trial(plain, ray_cluster, monkeypatch, tmp_path):
     given = values(tmp_path) | {
         "space": ["model.bias_speed=1e-3,3e-3"], "search": "grid", "samples": 1, "test": 4, "tokenizers": str(plain),
     }  # fmt: skip
     kind, sweep = ernie.STUDIES["sweep"]
-    config = kind.of(given)
+    config, asked = kind.of(given), []
+    monkeypatch.setattr(ernie_studies, "held_out", lambda *given: asked.append(given[3:]) or held_out(*given))
     with ernie_run(config, "sweep") as (run, session):
         sweep(config, run, session)
+        assert asked == [(True,)]  # on other items than those that reports are about
         assert [row["metric"] for row in run.table] == ["mean_log_loss"] * 2
         assert sorted(row["model.bias_speed"] for row in run.table) == [1e-3, 3e-3]
 
@@ -287,20 +298,31 @@ def test_experts_and_evaluate_read_an_artifact(plain, monkeypatch, capsys, tmp_p
 
 
 def test_an_exported_sub_model_is_a_run_of_its_own_and_equals_the_view(plain, monkeypatch, capsys, tmp_path):
-    words = ["export", "--no-wandb", "--run", str(plain), "--test", "4", "--out", str(tmp_path)]
-    run = done([*words, "--dropped", "0", "--share", "0.5", "--active", "1"], monkeypatch, capsys)
+    """Of an untrained model of six layers, one of which can be left out."""
+    torch.manual_seed(0)
+    tokenizers = load_tokenizers(str(plain))
+    setting = load(str(plain)).model.setting.with_values({"layers": 6})
+    counts = Counts(**dict.fromkeys(TASKS, 1))
+    save(Storage(tmp_path / "whole"), Bundle.of(tokenizers, UniModel(setting, tokenizers.sizes).eval(), counts))
+    common = ["--no-wandb", "--run", str(tmp_path / "whole"), "--test", "4", "--out", str(tmp_path / "out")]
+    run = done(["export", *common, "--dropped", "1", "--share", "0.5", "--active", "1"], monkeypatch, capsys)
     own = load(str(run))
-    assert (own.model.setting.experts, own.model.setting.active, own.model.setting.layers) == (4, 1, 5)
-    whole, size = (sum(p.numel() for p in load(str(one)).model.parameters()) for one in (plain, run))
-    assert size < whole
+    assert (own.model.setting.layers, own.model.setting.experts, own.model.setting.active) == (5, 4, 1)
+    assert own.samples == counts
     page = (run / "report.html").read_text()
-    view, exported = (page[page.index(f"<td>{name}</td>") :].split("</tr>")[0] for name in ("view", "exported"))
-    assert view.replace("view", "exported") == exported
-    code, said = call([*words, "--dropped", "1"], monkeypatch, capsys)
-    assert code == 2
-    assert "dropped: got 1" in said.err
-    code, said = call([*words, "--share", "0.1", "--active", "2"], monkeypatch, capsys)
-    assert "active: got 2" in said.err
+    view, exported = (
+        re.findall(r"<td>([^<]*)</td>", page[page.index(f"<td>{name}</td>") :].split("</tr>")[0])[1:]
+        for name in ("view", "exported")
+    )
+    assert view == exported
+    assert exported[0] == f"{sum(p.numel() for p in own.model.parameters()):,}"
+    again = ["evaluate", "--no-wandb", "--run", str(run), "--test", "4", "--out", str(tmp_path / "out")]
+    told = json.loads((done(again, monkeypatch, capsys) / "summary.json").read_text())
+    assert {row["sub_model"] for row in told["table"]} == {"whole"}
+    for wrong, said in ((["--dropped", "2"], "dropped: got 2"), (["--share", "0.1", "--active", "2"], "active: got 2")):
+        code, heard = call(["export", *common, *wrong], monkeypatch, capsys)
+        assert code == 2
+        assert said in heard.err
 
 
 def test_sweeps_choose_on_items_that_no_report_uses(plain):

@@ -66,6 +66,27 @@ def test_a_description_that_asks_for_more_than_the_file_holds_is_refused_before_
         load(str(tmp_path / "run"))
 
 
+def test_questions_of_reports_are_other_draws_than_those_of_tuning(made: str) -> None:
+    bundle = load(made)
+    told, tuned = (
+        ernie_rl.gather(RLConfig.of({**SMALL, "run": made, "tuning": tuning}), bundle).questions
+        for tuning in (False, True)
+    )
+    seeds = [{(one.name, one.seed) for one in questions.test} for questions in (told, tuned)]
+    assert len(seeds[0]) == len(seeds[1]) == len(told.test)
+    assert not seeds[0] & seeds[1]
+    assert [one.seed for one in told.train] == [one.seed for one in tuned.train]
+
+
+def test_ways_of_training_that_cannot_be_are_refused_before_questions_are_read(made: str) -> None:
+    for values, said in (
+        ({"execution": "inprocess", "train": {"deepspeed": "zero1"}}, "it needs actors"),
+        ({"warm": {"blocks": 4}, "train": {"workers": 4, "deepspeed": "zero1", "expert_parallel": 4}}, "the 6 experts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RLConfig.of({**SMALL, "run": made, **values}).check()
+
+
 def ran(made: str, out: Any, session: Session, **values: Any) -> tuple[bytes, dict[str, Any], str]:
     """The weights that a run leaves, its results, and its folder."""
     config = RLConfig.of({**SMALL, "run": made, "out": str(out), **values})

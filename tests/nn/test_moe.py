@@ -130,6 +130,17 @@ def test_dispatch_and_combine_with_unit_gates_are_the_identity(n: int, number: i
         assert apart(y, expert(moe, 0, x) * used[:, None]) < 1e-5 if n else y.shape == x.shape
 
 
+def test_grouped_products_of_no_token_have_gradients() -> None:
+    """The kernel refuses them, and a worker may get none."""
+    moe, x = layer(), tokens(0).requires_grad_()
+    chosen, gates = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, requires_grad=True)
+    y = experts.mixture(x, moe.w_in, moe.w_out, chosen, gates, "grouped")
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert not moe.w_in.grad.any()
+    assert moe.w_out.grad.shape == moe.w_out.shape
+
+
 def test_every_token_reaches_each_of_its_experts() -> None:
     """Even if all tokens choose the same expert: there is no capacity."""
     moe, x = layer(8, 1, 0), tokens(100)

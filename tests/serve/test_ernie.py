@@ -191,6 +191,7 @@ def test_images_are_what_is_drawn_offline_and_say_that_they_are_generated(
     raw = client.post("/generate", json=asked, headers={"Accept": "image/png"})
     assert raw.headers["content-type"] == "image/png"
     assert (raw.headers["x-generated"], raw.headers["x-seed"]) == ("true", "6")
+    assert raw.headers["x-model"] == answer["model"]
     assert raw.content == base64.b64decode(answer["image"])
 
 

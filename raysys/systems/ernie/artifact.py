@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from raysys.runtime.config import Config
 from raysys.runtime.sentences import UserError
 from raysys.runtime.storage import Storage
 from raysys.systems.ernie.model import UniModel
-from raysys.systems.ernie.setting import FormSetting, ModelSetting, Sizes
+from raysys.systems.ernie.setting import Counts, FormSetting, ModelSetting, Sizes
 from raysys.systems.ernie.tokenizers.audio import AudioCodec, AudioSetting
 from raysys.systems.ernie.tokenizers.text import TextTokenizer
 from raysys.systems.ernie.tokenizers.visual import VisualSetting, VisualTokenizer
@@ -53,6 +53,8 @@ class Description(Config):
     licence: str
     tasks: tuple[str, ...]
     """What the data has examples of; without any of its kind a tokenizer is untrained."""
+    samples: Counts = Counts()
+    """How many of each task the model saw in a step, which is what its routing was balanced for."""
     files: dict[str, str]
     """SHA-256 of each file."""
 
@@ -85,11 +87,13 @@ class Bundle(Tokenizers):
     """Tokenizers with a model."""
 
     model: UniModel
+    samples: Counts = field(default_factory=Counts)
+    """How many of each task the model saw in a step."""
 
     @classmethod
-    def of(cls, tokenizers: Tokenizers, model: UniModel) -> Bundle:
+    def of(cls, tokenizers: Tokenizers, model: UniModel, samples: Counts | None = None) -> Bundle:
         t = tokenizers
-        return cls(t.form, t.text, t.visual, t.audio, t.data, t.licence, t.tasks, model)
+        return cls(t.form, t.text, t.visual, t.audio, t.data, t.licence, t.tasks, model, samples or Counts())
 
     @torch.no_grad()
     def hear(self, codes: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -119,6 +123,7 @@ def save(storage: Storage, bundle: Tokenizers) -> None:
         format=FORMAT, form=bundle.form, visual=bundle.visual.setting, audio=bundle.audio.setting,
         model=None if model is None else model.setting, multi_token=model is not None and model.mtp is not None,
         data=bundle.data, licence=bundle.licence, tasks=bundle.tasks,
+        samples=bundle.samples if isinstance(bundle, Bundle) else Counts(),
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )  # fmt: skip
     storage.write_bytes(f"{FOLDER}/ernie.json", told.model_dump_json(indent=1).encode())
@@ -177,7 +182,7 @@ def load(run: str, device: str = "cpu") -> Bundle:
     if not told.multi_token:
         model.mtp = None
     _fill(model, data, "model.safetensors")
-    return Bundle.of(tokenizers, model.to(device).eval().requires_grad_(False))
+    return Bundle.of(tokenizers, model.to(device).eval().requires_grad_(False), told.samples)
 
 
 def _packed(module: nn.Module) -> bytes:

@@ -35,8 +35,10 @@ FOLDER = "corpus"
 FORMAT = 1
 SIZE = 256
 """Samples of a shard."""
+WINDOW = 4
+"""Shards of a task that training reads at the same time (`learner.shuffled`)."""
 CACHE = 1 << 29
-"""Bytes of shards that an open corpus keeps in memory."""
+"""Bytes of shards that an open corpus keeps in memory, and a window of each task whatever it weighs."""
 
 
 class Shard(NamedTuple):
@@ -218,7 +220,7 @@ class Corpus:
         weight = sum(getattr(s, name).nbytes for sample in samples for s in sample.segments for name in STORED[type(s)])
         self._cache[file] = samples, weight
         self._held += weight
-        while self._held > self._limit and len(self._cache) > 1:
+        while self._held > self._limit and len(self._cache) > WINDOW * len(self._sizes):
             self._held -= self._cache.popitem(last=False)[1][1]
         return samples
 

@@ -28,7 +28,7 @@ from raysys.nn.balance import parameter_groups, switch_loss, z_loss
 from raysys.runtime.seeds import Seeds, Stream
 from raysys.runtime.sentences import UserError
 from raysys.systems.ernie.batch import Batch, Plan, pack
-from raysys.systems.ernie.corpus import SIZE
+from raysys.systems.ernie.corpus import SIZE, WINDOW
 from raysys.systems.ernie.elastic import sample as sample_elastic
 from raysys.systems.ernie.model import Outputs, UniModel, bit_loss
 from raysys.systems.ernie.setting import ModelSetting, PretrainSetting, Sizes
@@ -38,8 +38,8 @@ from raysys.systems.ernie.tokenizers.bits import MultiScaleBits
 GENERATED = ("t2i", "t2v", "t2a")
 FOLLOW = 0.05
 """By how much a usual size may change in a step, as a share of it."""
-WHOLE, WINDOW = 8192, 4
-"""Samples of a task that are shuffled as a whole; of more, so many shards at a time."""
+WHOLE = 8192
+"""Samples of a task that are shuffled as a whole; of more, a window of shards at a time."""
 NUDGE = 2.0**-40
 """Size of a gradient of which only the sign is used; far below all others, so that it leaves a clipped norm alone."""
 

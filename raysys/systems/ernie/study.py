@@ -33,6 +33,8 @@ from raysys.systems.ernie.stream import TASKS, Sample
 OFF = ElasticSetting(depth=0.0, width=0.0, sparsity=0.0)
 SOLVED = 0.05
 """Nats, below which a task is learned."""
+STEPS = 6
+"""Steps whose samples tell which experts are used most, and how evenly."""
 CONTEXT = 64
 """Tokens that a token attends to, for FLOPs: about half of a sample."""
 
@@ -101,9 +103,9 @@ def variant(
 
 
 def examine(
-    bundle: Bundle, trained_on: Sequence[Sample], held_out: Sequence[Sample], rungs: Sequence[Rung]
+    bundle: Bundle, trained_on: Sequence[Sample], held_out: Sequence[Sample], rungs: Sequence[Rung], timed: bool
 ) -> dict[str, Any]:
-    """Held-out losses and costs of a trained model at each rung, and its routing.
+    """Held-out losses and costs of a trained model at each rung (with seconds if `timed`), and its routing.
 
     Args:
         trained_on: training samples, as often of each task as in training: they tell the most used experts and the balance.
@@ -113,12 +115,12 @@ def examine(
     read = batches(bundle, held_out)
     told: dict[str, Any] = {"rungs": {}}
     subs = {rung.label: rung.of(s, model.levels, counts) for rung in rungs}
-    spent = seconds(model, list(subs.values()), read)
-    for (label, sub), (view, own) in zip(subs.items(), spent, strict=True):
+    spent = seconds(model, subs, read) if timed else {}
+    for label, sub in subs.items():
         c = cost(model, sub, CONTEXT)
         told["rungs"][label] = {
             "losses": held_out_losses(bundle, held_out, sub), "total": c.total, "active": c.active, "flops": c.flops,
-            "view_s": view, "cut_s": own,
+            **spent.get(label, {}),
         }  # fmt: skip
     found = usage(choices(model, read), s.experts)
     told["routing"] = report(found, counts)
@@ -128,12 +130,12 @@ def examine(
 
 @torch.no_grad()
 def seconds(
-    model: UniModel, subs: Sequence[SubModel], read: Sequence[Batch], rounds: int = 3
-) -> list[tuple[float, float]]:
+    model: UniModel, subs: Mapping[str, SubModel], read: Sequence[Batch], rounds: int = 3
+) -> dict[str, dict[str, float]]:
     """Processor seconds for reading batches by each sub-model, as a view and cut out: the least of rounds of taking turns."""
-    own, spent = [cut(model, sub) for sub in subs], np.full((len(subs), 2), np.inf)
+    own, spent = [cut(model, sub) for sub in subs.values()], np.full((len(subs), 2), np.inf)
     for _ in range(rounds):
-        for i, sub in enumerate(subs):
+        for i, sub in enumerate(subs.values()):
             began = time.process_time()
             for batch in read:
                 model(batch, sub.rows(batch.rows, model.setting))
@@ -141,17 +143,12 @@ def seconds(
             for batch in read:
                 own[i](batch)
             spent[i] = np.minimum(spent[i], (between - began, time.process_time() - between))
-    return [(float(view), float(alone)) for view, alone in spent]
+    return {name: {"view_s": float(s[0]), "cut_s": float(s[1])} for name, s in zip(subs, spent, strict=True)}
 
 
-def as_trained(corpus: Corpus, counts: Mapping[str, int], steps: int = 6) -> list[Sample]:
-    """Training samples of so many steps' tasks: the first ones of the corpus."""
-    return [
-        corpus.get(task, i % corpus.size(task))
-        for task, n in counts.items()
-        if corpus.size(task)
-        for i in range(steps * n)
-    ]
+def as_trained(corpus: Corpus, counts: Mapping[str, int]) -> list[Sample]:
+    """The first training samples, as many of each task as STEPS steps have."""
+    return [corpus.get(task, i) for task, n in counts.items() for i in range(min(STEPS * n, corpus.size(task)))]
 
 
 Results = Sequence[Mapping[str, Any]]

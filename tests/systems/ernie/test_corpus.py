@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import raysys.systems.ernie.corpus as module
 from raysys.data.multimodal import Form, load_multimodal
 from raysys.runtime.checkpoint import CheckpointError
 from raysys.runtime.sentences import UserError
@@ -118,11 +119,17 @@ def test_a_corpus_is_the_same_bits_again(corpus: Corpus, tmp_path: Path) -> None
     assert made(Storage(tmp_path)).digests == corpus.digests
 
 
-def test_a_small_cache_reads_the_same(corpus: Corpus) -> None:
-    small = Corpus.open(corpus.storage, cache=1)
+def test_a_small_cache_reads_the_same(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps a window of each task, whatever that weighs, and no more."""
+    monkeypatch.setattr(module, "WINDOW", 1)
+    small, most = Corpus.open(corpus.storage, cache=1), 0
     for i in (34, 0, 20, 34, 1):
-        assert same(small.get("t2i", i), corpus.get("t2i", i), half=False)
-        assert len(small._cache) == 1
+        for task in small.tasks:
+            at = i % small.size(task)
+            assert same(small.get(task, at), corpus.get(task, at), half=False)
+            assert len(small._cache) <= len(small.tasks)
+            most = max(most, len(small._cache))
+    assert most == len(small.tasks)
 
 
 def test_nothing_is_a_corpus_before_it_is_committed(tmp_path: Path) -> None:

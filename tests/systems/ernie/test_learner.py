@@ -11,11 +11,10 @@ from streams_for_tests import SCALES, SIZES, SMALL, audio, packed, quantiser, sa
 
 from raysys.runtime.sentences import UserError
 from raysys.runtime.train import TrainConfig, fit_here
-from raysys.systems.ernie.corpus import SIZE
+from raysys.systems.ernie.corpus import SIZE, WINDOW
 from raysys.systems.ernie.learner import (
     NUDGE,
     WHOLE,
-    WINDOW,
     Draw,
     Pretrained,
     Pretraining,

@@ -134,7 +134,7 @@ class DemoConfig(PretrainConfig):
     """Held-out items of each task that are measured."""
     items: int = Field(3000, ge=0)
     """Training items of each task that are used at most; 0 means all."""
-    pretrain: PretrainSetting = PretrainSetting(steps=380, samples=Counts(t2i=12, v2t=4, a2t=2), elastic=OFF)
+    pretrain: PretrainSetting = PretrainSetting(steps=330, samples=Counts(t2i=12, v2t=4, a2t=2), elastic=OFF)
     """Training of the backbone: here without sub-models, which `elastic` compares (they slow such a short training down)."""
 
 

@@ -20,18 +20,11 @@ import ray
 from pydantic import Field
 
 from jobs.cli import start
+from jobs.ernie_config import ErnieConfig, read
 from jobs.ernie_elastic import ElasticConfig, elastic
 from jobs.ernie_rl import RLConfig, rl
 from jobs.ernie_show import show
-from jobs.ernie_stages import (
-    ErnieConfig,
-    get_corpus,
-    get_tokenizers,
-    held_out,
-    pretrain_model,
-    read,
-    train_beside,
-)
+from jobs.ernie_stages import get_corpus, get_tokenizers, held_out, pretrain_model, train_beside
 from jobs.ernie_studies import STUDIES, quality
 from raysys.runtime.progress import Progress
 from raysys.runtime.run import Run

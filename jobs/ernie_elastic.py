@@ -8,15 +8,9 @@ import numpy as np
 import ray
 from pydantic import Field, model_validator
 
+from jobs.ernie_config import ErnieConfig, read
 from jobs.ernie_show import routing_figures
-from jobs.ernie_stages import (
-    ErnieConfig,
-    get_corpus,
-    get_tokenizers,
-    held_out,
-    read,
-    train_beside,
-)
+from jobs.ernie_stages import get_corpus, get_tokenizers, held_out, train_beside
 from raysys.runtime.pool import run_stages
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session

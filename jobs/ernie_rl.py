@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 
 from actors.rollout import Rollers
-from jobs.ernie_stages import ErnieConfig, fetched, get_corpus, get_tokenizers, pretrain_model, read
+from jobs.ernie_config import ErnieConfig, read
+from jobs.ernie_stages import fetched, get_corpus, get_tokenizers, pretrain_model
 from raysys.data.multimodal import Form
 from raysys.runtime.checkpoint import read_state, write_state
 from raysys.runtime.pool import run_stages

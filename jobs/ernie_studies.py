@@ -12,15 +12,9 @@ import torch
 from pydantic import Field
 
 from jobs.cli import ClusterJob, Commands
+from jobs.ernie_config import ErnieConfig, read
 from jobs.ernie_show import show_routing
-from jobs.ernie_stages import (
-    ErnieConfig,
-    get_corpus,
-    get_tokenizers,
-    held_out,
-    read,
-    train_beside,
-)
+from jobs.ernie_stages import get_corpus, get_tokenizers, held_out, train_beside
 from jobs.sweeps import SweepFlags, run_sweep
 from raysys.data.multimodal import Form, Multimodal, load_multimodal
 from raysys.runtime.run import Run

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from jobs import ernie, ernie_studies
+from jobs.ernie_config import ErnieConfig
 from jobs.ernie_elastic import OTHERS
-from jobs.ernie_stages import ErnieConfig, held_out
+from jobs.ernie_stages import held_out
 from raysys.data.multimodal import Form, load_multimodal
 from raysys.runtime.session import ClusterConfig, Session
 from raysys.runtime.storage import Storage

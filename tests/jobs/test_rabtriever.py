@@ -256,7 +256,7 @@ def test_a_robot_plays_errands_with_every_retriever(
         "--data",
         "skills",
         "--episodes",
-        "3",
+        "1",
         "--no-wandb",
         "--out",
         str(tmp_path),

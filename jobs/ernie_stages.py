@@ -18,7 +18,7 @@ import torch
 
 from jobs.ernie_config import ErnieConfig
 from jobs.ernie_data import tokenize, tokenize_here
-from raysys.data.multimodal import Multimodal
+from raysys.data.multimodal import Lazy, Multimodal
 from raysys.runtime.progress import Progress
 from raysys.runtime.run import Run
 from raysys.runtime.session import Session
@@ -159,14 +159,19 @@ def get_corpus(config: ErnieConfig, run: Run, session: Session, tokenizers: Toke
     return tokenize_here(config, run, tokenizers, data, limits)
 
 
+def half(data: Multimodal, task: str, tuning: bool = False) -> Lazy:
+    """Held-out items of a task at even places, or at odd ones where there are several."""
+    items = data.test(task)
+    return items[int(tuning and len(items) > 1) :: 2]
+
+
 def held_out(data: Multimodal, tokenizers: Tokenizers, count: int, tuning: bool = False) -> dict[str, Tested]:
     """Up to `count` held-out items of each task (of every n-th where there are more, so that all kinds are met): of those at even
     places, which are for reports, or at odd ones, which are for choosing constants. A digit or a picture may be behind items of
     both, in another place or with another caption; none is behind an item of training."""
     found = {}
     for task in data.tasks:
-        items = data.test(task)
-        items = items[int(tuning and len(items) > 1) :: 2]
+        items = half(data, task, tuning)
         chosen = items[:: max(1, len(items) // count)][:count]
         found[task] = Tested(list(chosen), samples_of(tokenizers, chosen))
     return found

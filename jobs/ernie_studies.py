@@ -14,7 +14,7 @@ from pydantic import Field
 from jobs.cli import ClusterJob, Commands
 from jobs.ernie_config import ErnieConfig, read
 from jobs.ernie_show import show_routing
-from jobs.ernie_stages import get_corpus, get_tokenizers, held_out, train_beside
+from jobs.ernie_stages import get_corpus, get_tokenizers, half, held_out, train_beside
 from jobs.sweeps import SweepFlags, run_sweep
 from raysys.data.multimodal import Form, Multimodal, load_multimodal
 from raysys.runtime.run import Run
@@ -41,22 +41,20 @@ def quality(tokenizers: Tokenizers, data: Multimodal, count: int) -> list[dict[s
     for task, label in (("t2i", "images"), ("t2v", "videos")):
         if task in data.tasks:
             frames = torch.from_numpy(
-                np.stack([item.frames for item in data.test(task)[::2][:count] if item.frames is not None])
+                np.stack([item.frames for item in half(data, task)[:count] if item.frames is not None])
             )
             lines += [
                 {"tokenizer": f"visual, {label}", "measure": k, "value": f"{v:.4g}"}
                 for k, v in visual_report(tokenizers.visual, frames).items()
             ]
     if "t2a" in data.tasks:
-        waves = torch.from_numpy(
-            np.stack([item.wave for item in data.test("t2a")[::2][:count] if item.wave is not None])
-        )
+        waves = torch.from_numpy(np.stack([item.wave for item in half(data, "t2a")[:count] if item.wave is not None]))
         lines += [
             {"tokenizer": "audio", "measure": k, "value": f"{v:.4g}"}
             for k, v in audio_report(tokenizers.audio, waves).items()
         ]
     if "lm" in data.tasks:
-        texts = [item.text for item in data.test("lm")[::2][:count]]
+        texts = [item.text for item in half(data, "lm")[:count]]
         lines += [
             {"tokenizer": "text", "measure": k, "value": f"{v:.3g}"}
             for k, v in text_report(tokenizers.text, texts).items()

@@ -210,9 +210,8 @@ def fitted(sample: Sample, row: int, scales: Sequence[tuple[int, int]]) -> Laid:
         return laid
     for i, text in enumerate(sample.segments):
         if isinstance(text, Text):
-            left = (
-                len(text.ids) - over + (text.predicted and text.closed)
-            )  # <eos> is not predicted, which frees a place
+            freed = text.predicted and text.closed  # the place that predicts <eos>
+            left = len(text.ids) - over + freed
             cut = Text(text.ids[: max(0, left)], text.predicted, closed=False)
             laid = lay(replace(sample, segments=(*sample.segments[:i], cut, *sample.segments[i + 1 :])), scales)
     if len(laid) > row:
